@@ -1,0 +1,247 @@
+"""``Attached``: what one adapter has put into a model, and the putting in itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lorakit.adapters.copies import ModuleCopy, leaf_modules, pristine_copy
+from lorakit.adapters.host import Active, Adapted, adapt, base_parameters
+from lorakit.adapters.targets import base_modules, tied_names
+from lorakit.errors import ConfigError, TargetError, UnsupportedLayerError, bullet_list, quoted
+from lorakit.layers import Site, find_ops
+from lorakit.methods import AdapterParts, Method, ModelPart, Update
+from lorakit.methods.method import BiasUpdate
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many numbers an adapter has.
+
+    Attributes:
+        updates: in the method's updates and parts.
+        full: in modules trained in full (heads, embeddings, norms).
+        base: in the base model, each tied parameter once.
+    """
+
+    updates: int
+    full: int
+    base: int
+
+    @property
+    def trained(self) -> int:
+        """All numbers that belong to the adapter."""
+        return self.updates + self.full
+
+    @property
+    def percent(self) -> float:
+        """The adapter's numbers in percent of the base's."""
+        return 100.0 * self.trained / max(self.base, 1)
+
+    def __str__(self) -> str:
+        """Say the counts in a sentence."""
+        full = f" (of these {self.full:,} in modules trained in full)" if self.full else ""
+        return f"{self.trained:,} trained numbers{full}, {self.percent:.3f} % of the base's {self.base:,}"
+
+
+@dataclass
+class Attached:
+    """One adapter's place in a model.
+
+    Attributes:
+        method: its method.
+        paths: hosts with an update, in the model's order.
+        biases: other hosts, where only the bias is trained.
+        copies: modules that hold parameters and are trained in full, by path.
+        full_modules: the modules trained in full, as chosen.
+        new_modules: modules of the base that a checkpoint did not hold.
+        targets: the shortest names that mean ``paths``.
+        dtype: the dtype of its parameters.
+        parts: parts that act on the model as a whole.
+        hooks: their hooks.
+    """
+
+    method: Method
+    paths: tuple[str, ...]
+    biases: tuple[str, ...]
+    copies: tuple[str, ...]
+    full_modules: tuple[str, ...]
+    new_modules: tuple[str, ...]
+    targets: tuple[str, ...]
+    dtype: torch.dtype
+    parts: dict[str, ModelPart] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+    def branches(self, model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Update | ModuleCopy]]:
+        """Yield path, host and this adapter's branch of every host."""
+        for path in (*self.paths, *self.biases, *self.copies):
+            host = model.get_submodule(path)
+            assert isinstance(host, Adapted)
+            yield path, host, host.lorakit.named()[name]
+
+
+def plan_biases(model: nn.Module, sites: Sequence[Site], wanted: str, skip: Sequence[str]) -> list[str]:
+    """Return paths, beside the sites, whose bias the adapter trains ('all'), and check that there are any.
+
+    Raises:
+        ConfigError: biases are asked for and no layer has one.
+        UnsupportedLayerError: 'all', and a layer's bias is not simply added to its output.
+    """
+    if wanted == "none":
+        return []
+    own = [site.path for site in sites if site.ops.bias(site.layer) is not None]
+    if wanted == "lora_only":
+        if not own:
+            raise ConfigError("bias='lora_only': none of the targets has a bias. Use bias='none'.")
+        return []
+    targets = {site.path for site in sites}
+    others, refused = [], []
+    for path, module in base_modules(model).items():
+        own_names = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]
+        if not own_names or path in targets or any(path == s or path.startswith(s + ".") for s in skip):
+            continue
+        if own_names == ["bias"] and (find_ops(module) is not None or _only_vectors(module)):
+            others.append(path)
+        else:
+            refused.append(f"'{path}' ({type(module).__name__}: {', '.join(own_names)})")
+    if refused:
+        raise UnsupportedLayerError(
+            f"bias='all' cannot train the biases of {'; '.join(refused)}. Use 'lora_only'."
+        )
+    if not own and not others:
+        raise ConfigError("bias='all': this model has no biases. Use bias='none'.")
+    return others
+
+
+def _only_vectors(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and all(p.dim() == 1 for p in module.parameters())
+
+
+def plan_copies(model: nn.Module, full: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the modules to copy for ``full``, by path.
+
+    Raises:
+        TargetError: a parameter of theirs is tied to a module that is not trained in full with it.
+    """
+    leaves: dict[str, nn.Module] = {}
+    for path in full:
+        leaves.update(leaf_modules(model, path))
+    mine = {
+        f"{path}.{n}"
+        for path, module in leaves.items()
+        for n, _ in module.named_parameters(remove_duplicate=False)
+    }
+    problems = [
+        f"'{name}' is tied to {quoted([o for o in others if o not in mine])}: training it in full would leave "
+        f"{'that' if len(others) == 1 else 'those'} behind. Name both to train them together, or adapt it by a target instead"
+        for name, others in tied_names(model).items()
+        if name in mine and any(other not in mine for other in others)
+    ]
+    if problems:
+        raise TargetError(bullet_list(problems))
+    return leaves
+
+
+def install_updates(
+    model: nn.Module, name: str, active: Active, sites: Iterable[Site], updates: Mapping[str, Update]
+) -> None:
+    """Put updates into their hosts. Changes the hosts' class."""
+    for site in sites:
+        if site.path in updates:
+            update = updates[site.path].train(site.layer.training)
+            adapt(site.path, site.layer, site.ops, active).put(name, update)
+
+
+def install_biases(
+    model: nn.Module, name: str, active: Active, paths: Sequence[str], dtype: torch.dtype
+) -> None:
+    """Give the layers at ``paths`` the adapter's own copy of their bias. Changes the hosts' class."""
+    for path in paths:
+        module = model.get_submodule(path)
+        ops = find_ops(module)
+        bias = getattr(module, "bias", None)
+        if ops is not None and isinstance(bias, torch.Tensor):
+            adapt(path, module, ops, active).put(name, BiasUpdate(bias, dtype))
+        else:
+            copy = ModuleCopy(pristine_copy(module), dtype, frozenset({"bias"}))
+            adapt(path, module, ops, active).put(name, copy.train(module.training))
+
+
+def install_copies(
+    model: nn.Module, name: str, active: Active, leaves: Mapping[str, nn.Module], dtype: torch.dtype
+) -> None:
+    """Give each module its own trained copy; copies of tied parameters stay tied. Changes the hosts' class."""
+    made: dict[str, nn.Parameter] = {}
+    ties = tied_names(model)
+    for path, module in leaves.items():
+        copy = ModuleCopy(pristine_copy(module), dtype)
+        for inner, parameter in list(copy.module.named_parameters()):
+            full_name = f"{path}.{inner}"
+            twin = next((made[other] for other in ties.get(full_name, []) if other in made), None)
+            if twin is None:
+                made[full_name] = parameter
+            else:
+                holder, _, last = inner.rpartition(".")
+                copy.module.get_submodule(holder)._parameters[last] = twin
+        adapt(path, module, find_ops(module), active).put(name, copy.train(module.training))
+
+
+def install_parts(model: nn.Module, name: str, active: Active, parts: AdapterParts) -> list[RemovableHandle]:
+    """Put parts that act on the whole model into a child of the root called ``lorakit`` and hook them in.
+
+    Raises:
+        UnsupportedLayerError: the root runs its children in order, so that a child would become a layer.
+    """
+    if not parts.parts:
+        return []
+    if isinstance(model, (nn.Sequential, nn.ModuleList)):
+        kind = type(model).__name__
+        raise UnsupportedLayerError(
+            f"a {kind} as root cannot take a part of its own; put it inside a module."
+        )
+    if "lorakit" not in model._modules:
+        model.add_module("lorakit", nn.ModuleDict())
+    root = model._modules["lorakit"]
+    assert root is not None
+    box = nn.Module()
+    hooks: list[RemovableHandle] = []
+    for key, part in parts.parts.items():
+        part.bind(name, active)
+        box.add_module(key, part)
+        hooks += part.install(model)
+    root._modules[name] = box
+    return hooks
+
+
+def remove_parts(model: nn.Module, name: str) -> None:
+    """Remove an adapter's parts from the root; the last to go takes the child ``lorakit`` with it."""
+    root = model._modules["lorakit"]
+    assert root is not None
+    del root._modules[name]
+    if not root._modules:
+        del model._modules["lorakit"]
+
+
+def parameters_of(model: nn.Module, name: str, entry: Attached) -> dict[str, nn.Parameter]:
+    """Return an adapter's parameters by ``path.tensor``, tied copies once."""
+    found: dict[str, nn.Parameter] = {}
+    for path, _, branch in entry.branches(model, name):
+        own = branch.own_parameters() if isinstance(branch, ModuleCopy) else dict(branch.named_parameters())
+        found.update({f"{path}.{inner}": parameter for inner, parameter in own.items()})
+    for key, part in entry.parts.items():
+        found.update({f"{key}.{inner}": parameter for inner, parameter in part.named_parameters()})
+    first = {id(parameter): key for key, parameter in reversed(found.items())}
+    return {key: parameter for key, parameter in found.items() if first[id(parameter)] == key}
+
+
+def freeze_base(model: nn.Module) -> dict[str, bool]:
+    """Stop the base's parameters from requiring gradients; return their flags as they were."""
+    flags = {}
+    for name, parameter in base_parameters(model):
+        flags[name] = parameter.requires_grad
+        parameter.requires_grad_(False)
+    return flags

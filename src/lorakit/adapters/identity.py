@@ -1,0 +1,310 @@
+"""Which base a tensor file belongs to: a cheap fingerprint (identity) and a full one (digest).
+
+The *identity* travels with every saved adapter and is checked when it is loaded. It has two parts: the
+``structure`` (a hash over every parameter's name and shape) and the ``sketch`` (a few values of every
+parameter, rounded to bf16). Rounding makes one checkpoint the same base in fp32 and in bf16, where a
+hash over bytes would call them strangers; another fine-tune of the same architecture differs in the
+sketch. The *digest* hashes every byte and is what proves that training left the base alone.
+
+Only the base counts: an adapter's tensors live in a submodule called ``lorakit`` on their host layer,
+so every name with that segment is skipped. A tied tensor counts once, under the first of its names in
+alphabetical order. Buffers that are not saved with a model never count.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import FormatError, ModelError, quoted
+
+ADAPTER_SEGMENT = "lorakit"
+"""Attribute under which a host layer keeps its adapters; no base tensor has it in its name."""
+
+SAMPLES_PER_TENSOR = 8
+
+_VERSION = "1"
+_PREFIX = "lorakit.base."
+# Modules that torch puts around another one without changing it; their segment is not part of a base name.
+_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_DTYPE_WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+# Both of these round to bf16 in one step, so one checkpoint gives the same sketch bit for bit in either.
+_ROUNDED_ONCE = frozenset({"fp32", "bf16"})
+# Half of the spacing of fp16's subnormals, 2**-24: what a tiny weight may have lost on its way through fp16.
+_FP16_UNDERFLOW = 2.0**-25
+_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells one base model from another.
+
+    Attributes:
+        structure: 32 hexadecimal digits over the sorted ``(name, shape)`` of every base parameter.
+        sketch: base64 of bf16 values, ``SAMPLES_PER_TENSOR`` evenly spaced per parameter, sorted by name.
+        dtype: the dtype most of the numbers have: 'fp32', 'bf16', 'fp16', or torch's own word.
+        excluded: paths of the modules left out: new heads and modules trained in full.
+        num_tensors: parameters counted.
+        num_parameters: numbers in them.
+    """
+
+    structure: str
+    sketch: str
+    dtype: str
+    excluded: tuple[str, ...] = ()
+    num_tensors: int = 0
+    num_parameters: int = 0
+
+    @property
+    def short(self) -> str:
+        """Twelve hexadecimal digits that stand for structure and sketch in a line of text."""
+        return hashlib.sha256(f"{self.structure}{self.sketch}".encode()).hexdigest()[:12]
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return string pairs for a safetensors header, all keys under ``lorakit.base.``."""
+        return {
+            f"{_PREFIX}identity": _VERSION,
+            f"{_PREFIX}structure": self.structure,
+            f"{_PREFIX}sketch": self.sketch,
+            f"{_PREFIX}dtype": self.dtype,
+            f"{_PREFIX}excluded": json.dumps(list(self.excluded)),
+            f"{_PREFIX}num_tensors": str(self.num_tensors),
+            f"{_PREFIX}num_parameters": str(self.num_parameters),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Identity | None:
+        """Read what ``to_metadata`` wrote; None where the file carries no identity.
+
+        Raises:
+            FormatError: an identity is there but broken, or of a version that is not known here.
+        """
+        version = metadata.get(f"{_PREFIX}identity")
+        if version is None:
+            return None
+        if version != _VERSION:
+            raise FormatError(
+                f"the base's identity has version {version!r}; this lorakit reads version {_VERSION}. "
+                "Use a newer lorakit."
+            )
+        try:
+            sketch = metadata[f"{_PREFIX}sketch"]
+            base64.b64decode(sketch, validate=True)
+            return cls(
+                structure=metadata[f"{_PREFIX}structure"],
+                sketch=sketch,
+                dtype=metadata[f"{_PREFIX}dtype"],
+                excluded=tuple(str(path) for path in json.loads(metadata[f"{_PREFIX}excluded"])),
+                num_tensors=int(metadata[f"{_PREFIX}num_tensors"]),
+                num_parameters=int(metadata[f"{_PREFIX}num_parameters"]),
+            )
+        except KeyError as error:
+            raise FormatError(f"the base's identity lacks {error}. Save the adapter again.") from error
+        except (binascii.Error, ValueError) as error:
+            raise FormatError(f"the base's identity cannot be read ({error}). Save the adapter again.") from error
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Why a model is not the base it should be: ``kind`` 'structure' or 'weights', and a sentence."""
+
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def identify(model: nn.Module, exclude: Iterable[str] = ()) -> Identity:
+    """Take the identity of ``model`` without the modules at the paths ``exclude``.
+
+    Reads ``SAMPLES_PER_TENSOR`` values per parameter, at fixed places: milliseconds, and the same answer
+    every time.
+
+    Raises:
+        ModelError: no parameter is left, or some have no values (meta device).
+    """
+    excluded = tuple(sorted(set(exclude)))
+    tensors = dict(base_parameters(model, excluded))
+    if not tensors:
+        raise ModelError("the model has no base parameters to identify.")
+    _require_values(tensors)
+    listing = json.dumps([(name, list(tensor.shape)) for name, tensor in tensors.items()])
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        numbers[tensor.dtype] += tensor.numel()
+    return Identity(
+        structure=hashlib.sha256(listing.encode()).hexdigest()[:32],
+        sketch=base64.b64encode(_bytes(_samples(tensors.values()))).decode("ascii"),
+        dtype=_dtype_word(max(numbers, key=lambda dtype: (numbers[dtype], str(dtype)))),
+        excluded=excluded,
+        num_tensors=len(tensors),
+        num_parameters=sum(numbers.values()),
+    )
+
+
+def compare(saved: Identity, model: nn.Module) -> Mismatch | None:
+    """Tell how ``model`` differs from the base that ``saved`` was taken of; None if it does not.
+
+    The sampled values must be bit-equal where both were rounded to bf16 in one step (fp32, bf16, or twice
+    the same dtype); through any other dtype they may be one bf16 step apart, or lost in fp16's underflow.
+    """
+    found = identify(model, saved.excluded)
+    if found.structure != saved.structure:
+        return Mismatch(
+            "structure",
+            f"structure differs (names or shapes): expected {saved.num_tensors} parameters with "
+            f"{saved.num_parameters:,} numbers, found {found.num_tensors} with {found.num_parameters:,}",
+        )
+    expected, actual = _decoded(saved.sketch), _decoded(found.sketch)
+    if expected.shape != actual.shape:
+        raise FormatError(f"the base's identity holds {expected.numel()} samples; {actual.numel()} belong in it.")
+    exact = saved.dtype == found.dtype or {saved.dtype, found.dtype} <= _ROUNDED_ONCE
+    differs = expected != actual if exact else ~_within_one_step(expected, actual)
+    if not bool(differs.any()):
+        return None
+    first = _owner_of_sample(model, saved.excluded, int(differs.nonzero()[0]))
+    return Mismatch(
+        "weights",
+        f"same architecture, other weights: {int(differs.sum())} of {differs.numel()} sampled values differ, "
+        f"first in '{first}'",
+    )
+
+
+def digest(model: nn.Module, exclude: Iterable[str] = ()) -> str:
+    """Hash every byte of every base parameter and persistent buffer (sha256, 64 hexadecimal digits).
+
+    Name, dtype, shape and content all count; device and memory layout do not. Tensors are read in chunks,
+    so at most one of them (a non-contiguous one) is copied at a time.
+
+    Raises:
+        ModelError: some tensors have no values (meta device).
+    """
+    excluded = tuple(exclude)
+    tensors = dict([*base_parameters(model, excluded), *base_buffers(model, excluded)])
+    _require_values(tensors)
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        step = max(1, _CHUNK_BYTES // tensor.element_size())
+        for start in range(0, flat.numel(), step):
+            whole.update(_bytes(flat[start : start + step]))
+    return whole.hexdigest()
+
+
+def non_finite(model: nn.Module) -> list[str]:
+    """Name the base parameters that contain NaN or an infinity, in alphabetical order."""
+    return [name for name, tensor in base_parameters(model) if not _is_finite(tensor.detach())]
+
+
+def base_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[tuple[str, Tensor]]:
+    """List the base's own parameters by name; a tied tensor once, adapters and ``exclude`` left out."""
+    return _own(model.named_parameters(remove_duplicate=False), exclude)
+
+
+def base_buffers(model: nn.Module, exclude: Iterable[str] = ()) -> list[tuple[str, Tensor]]:
+    """List the base's persistent buffers by name, as ``base_parameters`` lists its parameters."""
+    return _own(_persistent_buffers(model), exclude)
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
+                yield (f"{path}.{name}" if path else name), buffer
+
+
+def _own(named: Iterable[tuple[str, Tensor]], exclude: Iterable[str]) -> list[tuple[str, Tensor]]:
+    excluded = tuple(exclude)
+    first_names: dict[int, tuple[str, Tensor]] = {}
+    for raw_name, tensor in named:
+        segments = [segment for segment in raw_name.split(".") if segment not in _WRAPPER_SEGMENTS]
+        name = ".".join(segments)
+        if ADAPTER_SEGMENT in segments or any(name == path or name.startswith(f"{path}.") for path in excluded):
+            continue
+        known = first_names.get(id(tensor))
+        if known is None or name < known[0]:
+            first_names[id(tensor)] = (name, tensor)
+    return sorted(first_names.values(), key=lambda pair: pair[0])
+
+
+def _require_values(tensors: Mapping[str, Tensor]) -> None:
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise ModelError(
+            f"{len(empty)} of {len(tensors)} tensors have no values (meta device): {quoted(empty, 3)}. "
+            "Load the model's weights first."
+        )
+
+
+def _num_samples(tensor: Tensor) -> int:
+    return min(SAMPLES_PER_TENSOR, tensor.numel())
+
+
+def _samples(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sampled values of all tensors as one bf16 vector on the CPU, one transfer per device."""
+    pieces: list[Tensor] = []
+    for tensor in tensors:
+        count = _num_samples(tensor)
+        places = [i * (tensor.numel() - 1) // max(count - 1, 1) for i in range(count)]
+        index = torch.tensor(places, dtype=torch.int64, device=tensor.device)
+        pieces.append(torch.take(tensor.detach(), index).to(torch.bfloat16))
+    devices = {piece.device for piece in pieces}
+    if len(devices) > 1:
+        pieces = [piece.cpu() for piece in pieces]
+    return torch.cat(pieces).cpu()
+
+
+def _owner_of_sample(model: nn.Module, excluded: tuple[str, ...], index: int) -> str:
+    for name, tensor in base_parameters(model, excluded):
+        index -= _num_samples(tensor)
+        if index < 0:
+            return name
+    raise IndexError(index)
+
+
+def _decoded(sketch: str) -> Tensor:
+    """Return a sketch's values as the bits of bf16, ``int16``."""
+    raw = bytearray(base64.b64decode(sketch))
+    return torch.frombuffer(raw, dtype=torch.int16) if raw else torch.empty(0, dtype=torch.int16)
+
+
+def _within_one_step(a: Tensor, b: Tensor) -> Tensor:
+    """Compare bf16 bits: neighbours in the order of all bf16 numbers, or both lost in fp16's underflow."""
+    steps = (_rank_of(a) - _rank_of(b)).abs()
+    distance = (a.view(torch.bfloat16).double() - b.view(torch.bfloat16).double()).abs()
+    return (steps <= 1) | (distance <= _FP16_UNDERFLOW)
+
+
+def _rank_of(bits: Tensor) -> Tensor:
+    """Number the bf16 values in increasing order; both zeros get 0."""
+    wide = bits.to(torch.int32)
+    return torch.where(wide >= 0, wide, -(wide & 0x7FFF))
+
+
+def _bytes(values: Tensor) -> memoryview:
+    """Return the memory of a contiguous vector, copied to the CPU if need be."""
+    return values.cpu().view(torch.uint8).numpy().data
+
+
+def _is_finite(values: Tensor) -> bool:
+    if not values.dtype.is_floating_point or values.numel() == 0:
+        return True
+    if values.element_size() == 1:
+        values = values.float()
+    # aminmax carries NaN through and needs no tensor of the weight's size.
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _dtype_word(dtype: torch.dtype) -> str:
+    return _DTYPE_WORDS.get(dtype, str(dtype).removeprefix("torch."))

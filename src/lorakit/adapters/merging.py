@@ -1,0 +1,229 @@
+"""Merging: the only place that puts other numbers where base weights stand.
+
+The merged weight is ``round(W0 + sum w_i delta_i)``, computed in fp32 (fp64 for an fp64 base) and
+rounded once to the weight's dtype. The original parameter objects are kept beside and put back by
+unmerging, so that every bit returns and tied weights are tied again; while merged, an adapted weight
+that was tied stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.copies import ModuleCopy
+from lorakit.adapters.host import hosts
+from lorakit.adapters.targets import tied_names
+from lorakit.errors import AdapterError, MergeError, did_you_mean, quoted
+from lorakit.layers import LayerOps, Site
+from lorakit.methods import Update
+
+if TYPE_CHECKING:
+    from lorakit.adapters.attachments import Attachments
+
+Place = tuple[nn.Module, str]
+
+
+@dataclass
+class Merged:
+    """What a merge did.
+
+    Attributes:
+        weights: the strength with which each adapter was merged.
+        names: the base tensors that changed, in the model's order.
+        untied: those that were tied to another weight and now stand alone.
+        originals: what stood there, by module and tensor name; None if nothing was kept.
+    """
+
+    weights: dict[str, float]
+    names: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    originals: dict[Place, Tensor] | None = None
+
+
+def delta(handle: Attachments, path: str, name: str) -> Tensor:
+    """Return one layer's update as a matrix in fp32, ``[d_out, d_in]``, at strength 1."""
+    branches = {p: (host, b) for p, host, b in handle.adapters[name].branches(handle.model, name)}
+    if path not in branches:
+        raise AdapterError(f"adapter '{name}' has no update at '{path}'.{did_you_mean(path, branches)}")
+    host, branch = branches[path]
+    site = Site.at(handle.model, path)
+    if isinstance(branch, Update):
+        return branch.terms(site.ops, host).delta(site.matrix())
+    own = branch.module.get_parameter("weight").detach()
+    return site.ops.as_matrix(host, own.float()) - site.matrix().float()
+
+
+def merge(handle: Attachments, keep: str) -> Merged:
+    """Merge what acts now; see :meth:`Handle.merge`.
+
+    Raises:
+        MergeError: nothing acts, or something cannot be merged exactly; nothing has changed then.
+    """
+    if keep not in ("memory", "none"):
+        raise MergeError(
+            f"keep='{keep}': choose 'memory' (unmerge restores every bit) or 'none' (nothing is kept)."
+        )
+    strengths = {name: handle.active.strength(name) for name in handle.active.weights}
+    weights = {name: strength for name, strength in strengths.items() if strength != 0.0}
+    _check(handle, weights)
+    merged = Merged(weights)
+    originals: dict[Place, Tensor] = {}
+    ties = tied_names(handle.model)
+    try:
+        for path, host, branches in list(hosts(handle.model)):
+            acting = {name: branch for name, branch in branches.named().items() if name in weights}
+            if not acting:
+                continue
+            for (module, key, inner), value in _merged_values(
+                path, host, branches.ops, acting, weights
+            ).items():
+                name = f"{path}.{inner}"
+                merged.names.append(name)
+                if name in ties:
+                    merged.untied.append(name)
+                originals[module, key] = _put(
+                    module, key, value, in_place=keep == "none" and name not in ties
+                )
+    except BaseException:
+        for (module, key), original in originals.items():
+            _set(module, key, original)
+        raise
+    merged.originals = originals if keep == "memory" else None
+    return merged
+
+
+def unmerge(merged: Merged) -> None:
+    """Put the original tensors back.
+
+    Raises:
+        MergeError: they were not kept.
+    """
+    if merged.originals is None:
+        raise MergeError("the original weights were not kept (keep='none'): load the base again.")
+    for (module, key), original in merged.originals.items():
+        _set(module, key, original)
+
+
+def _check(handle: Attachments, weights: Mapping[str, float]) -> None:
+    if not weights:
+        raise MergeError("nothing to merge: no adapter acts. Choose one with use(name) or merge(name).")
+    if handle.active.routing is not None:
+        raise MergeError(
+            "adapters are routed by row now; a merged weight is the same for every row. Leave the routing first."
+        )
+    whole = [name for name in weights if handle.adapters[name].parts]
+    if whole:
+        raise MergeError(f"{quoted(whole)} act on the model as a whole and have no weight to be merged into.")
+    for path, host, branches in hosts(handle.model):
+        acting = [(name, branch) for name, branch in branches.named().items() if name in weights]
+        mixed = len(acting) > 1 or any(weights[name] != 1.0 for name, _ in acting)
+        copies = [name for name, branch in acting if isinstance(branch, ModuleCopy)]
+        if copies and mixed and not _linear_in_parameters(host, branches.ops):
+            raise MergeError(
+                f"'{path}' is trained in full and not linear in its weights: merge {quoted(copies)} alone, at strength 1."
+            )
+        if acting and branches.ops is not None and host._parameters.get("weight") is None:
+            raise MergeError(f"'{path}' computes its weight (a parametrization): it cannot be merged into.")
+
+
+def _linear_in_parameters(host: nn.Module, ops: LayerOps | None) -> bool:
+    return ops is not None or all(parameter.dim() == 1 for parameter in host.parameters(recurse=False))
+
+
+@torch.no_grad()
+def _merged_values(
+    path: str,
+    host: nn.Module,
+    ops: LayerOps | None,
+    acting: Mapping[str, Update | ModuleCopy],
+    weights: Mapping[str, float],
+) -> dict[tuple[nn.Module, str, str], Tensor]:
+    """Return the host's new tensors by holding module, tensor name, and path below the host."""
+    sole = next(iter(acting.values())) if len(acting) == 1 and weights[next(iter(acting))] == 1.0 else None
+    if isinstance(sole, ModuleCopy):
+        values = {key: tensor.detach() for key, tensor in sole.tensors().items()}
+        return {
+            (*_holder(host, key), key): _rounded(path, value, _at(host, key)) for key, value in values.items()
+        }
+    total: dict[str, Tensor] = {}
+    for name, branch in acting.items():
+        for key, difference in _differences(host, ops, branch).items():
+            total[key] = (
+                total[key] + weights[name] * difference if key in total else weights[name] * difference
+            )
+    found = {}
+    for key, difference in total.items():
+        base = _at(host, key)
+        found[(*_holder(host, key), key)] = _rounded(path, base.to(difference.dtype) + difference, base)
+    return found
+
+
+def _differences(host: nn.Module, ops: LayerOps | None, branch: Update | ModuleCopy) -> dict[str, Tensor]:
+    """Return what one branch adds to the host's tensors at strength 1, in fp32 and native shape."""
+    if isinstance(branch, ModuleCopy):
+        return {
+            key: parameter.detach().to(_wide(_at(host, key))) - _at(host, key).to(_wide(_at(host, key)))
+            for key, parameter in branch.own_parameters().items()
+        }
+    assert ops is not None
+    W = ops.weight(host).detach()
+    terms = branch.terms(ops, host)
+    found = {}
+    if terms.A is not None:
+        found["weight"] = ops.as_weight(host, terms.delta(ops.as_matrix(host, W)))
+    if terms.bias_shift is not None:
+        found["bias"] = terms.bias_shift.detach().to(_wide(W))
+    return found
+
+
+def _rounded(path: str, value: Tensor, base: Tensor) -> Tensor:
+    rounded = value.to(device=base.device, dtype=base.dtype, copy=True)
+    if rounded.is_floating_point() and not bool(rounded.isfinite().all()):
+        raise MergeError(
+            f"merging '{path}' gives values that {base.dtype} cannot hold. Load the base in a wider dtype."
+        )
+    return rounded.contiguous()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _holder(host: nn.Module, key: str) -> tuple[nn.Module, str]:
+    inner, _, last = key.rpartition(".")
+    return host.get_submodule(inner), last
+
+
+def _at(host: nn.Module, key: str) -> Tensor:
+    module, last = _holder(host, key)
+    tensor = module._parameters.get(last)
+    found = tensor if tensor is not None else module._buffers[last]
+    assert found is not None
+    return found.detach()
+
+
+def _put(module: nn.Module, key: str, value: Tensor, in_place: bool) -> Tensor:
+    """Set a tensor and return what stood there; ``in_place`` overwrites it instead."""
+    original = module._parameters.get(key)
+    if original is None:
+        buffer = module._buffers[key]
+        assert buffer is not None
+        module._buffers[key] = value
+        return buffer
+    if in_place and original.shape == value.shape:
+        original.data.copy_(value)
+    else:
+        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    return original
+
+
+def _set(module: nn.Module, key: str, original: Tensor) -> None:
+    if isinstance(original, nn.Parameter):
+        module._parameters[key] = original
+    else:
+        module._buffers[key] = original

@@ -1,0 +1,249 @@
+"""PEFT's ``adapter_config.json``: written so that every version reads it, read strictly.
+
+Older PEFT versions fail on a field that they do not know, so only the oldest fields are always
+written; ``use_rslora``, ``use_dora`` and the patterns only where they say something.
+
+PEFT finds a layer's rank and alpha by patterns, ours are the tensors' own and the method's. Both must
+agree at every layer, so what is written is checked by PEFT's rule and spelled out where it differs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lorakit.adapters import AdapterState, SiteState
+from lorakit.errors import FormatError, InputError, bullet_list
+from lorakit.methods import Method
+from lorakit.methods.lora import LoRA, matching_value
+from lorakit.methods.method import method_types
+
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# PEFT's model for these tasks adds the head to modules_to_save by itself and then needs its tensors.
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+# What decides the numbers that PEFT computes with.
+_COMPUTING: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+
+# Read here, or without a part in what a finished adapter computes.
+_HARMLESS = frozenset(
+    {
+        *_COMPUTING,
+        *("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+        *("fan_in_fan_out", "inference_mode", "init_lora_weights", "merge_weights", "enable_lora"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
+    }
+)
+
+_ACTIVE = {
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens",
+    "arrow_config": "Arrow routes each token among several adapters",
+    "ensure_weight_tying": "tied copies of a module are stored once",
+    "kasa_config": "KaSA changes the base's weights",
+    "layer_replication": "the base's layers are repeated before the adapter is put on",
+    "lora_bias": "the update has a bias of its own",
+    "megatron_config": "the layers are Megatron's",
+    "monteclora_config": "MonteCLoRA has tensors of its own",
+    "target_parameters": "the update acts on parameters inside a layer",
+    "trainable_token_indices": "single rows of the embedding are trained",
+    "use_bdlora": "the factors are block-diagonal",
+    "use_qalora": "the input is pooled by groups of channels",
+    "velora_config": "VeLoRA has tensors of its own",
+}
+
+_SHIFTED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def write_config(state: AdapterState, task_type: str | None = None, revision: str | None = None) -> str:
+    """Return the text of ``adapter_config.json``: the same for the same state, with a final newline.
+
+    Raises:
+        FormatError: PEFT has no way to say it; every reason is named.
+    """
+    fields = lora_config(state.method, state.sites)
+    problems = _unspeakable(state, fields["bias"], task_type)
+    if problems:
+        raise FormatError(f"PEFT's format cannot hold this adapter: {bullet_list(problems)}")
+    kinds = {site.kind for site in state.sites.values()}
+    config = {
+        **fields,
+        "task_type": task_type,
+        "base_model_name_or_path": state.base_name,
+        "revision": revision,
+        "target_modules": _targets(state.targets, state.sites),
+        "modules_to_save": _modules_to_save(state) or None,
+        "fan_in_fan_out": "transposed" in kinds and "linear" not in kinds,
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _unspeakable(state: AdapterState, bias: str, task_type: str | None) -> list[str]:
+    problems = []
+    if state.parts:
+        problems.append(f"it has parts that belong to no layer ({', '.join(sorted(state.parts))})")
+    others = sorted(set(state.biases) - set(state.sites))
+    if state.biases and bias == "none":
+        problems.append("it has trained biases, but its method says bias='none'")
+    elif others and bias == "lora_only":
+        problems.append(f"it has a trained bias that is no target's ('{others[0]}'), but bias='lora_only'")
+    if task_type is not None and task_type not in TASK_TYPES:
+        problems.append(f"no task type '{task_type}'; PEFT knows {', '.join(TASK_TYPES)}")
+    elif task_type in _TASKS_WITH_HEAD and not state.modules:
+        problems.append(f"task type {task_type} means a trained head in PEFT, and it has none; leave the task type out")
+    return problems
+
+
+def lora_config(method: Method, sites: Mapping[str, SiteState]) -> dict[str, Any]:
+    """Return the method's fields, with patterns by which PEFT finds every site's rank and scale.
+
+    Raises:
+        FormatError: PEFT has no spelling for this method.
+    """
+    fields = method.to_peft()
+    if fields is None or not isinstance(method, LoRA):
+        raise FormatError(f"PEFT's format has no spelling here for the method '{method.name}'.")
+    ranks = {path: int(site.tensors["A"].shape[0]) for path, site in sites.items()}
+    root = math.sqrt if method.scaling == "rslora" else float
+    scales = {path: method.scale_at(path, rank) for path, rank in ranks.items()}
+
+    def same_scale(path: str, alpha: float) -> bool:
+        return math.isclose(alpha / root(ranks[path]), scales[path], rel_tol=1e-12)
+
+    alphas = {path: _whole(scales[path] * root(rank)) for path, rank in ranks.items()}
+    for name, default, wanted, fits in (
+        ("rank_pattern", fields["r"], ranks, lambda path, rank: rank == ranks[path]),
+        ("alpha_pattern", fields["lora_alpha"], alphas, same_scale),
+    ):
+        pattern = _pattern(dict(fields.pop(name, {})), default, wanted, fits)
+        if pattern:
+            fields[name] = pattern
+    return fields
+
+
+def _pattern(given: dict[str, Any], default: Any, wanted: Mapping[str, Any], fits: Any) -> dict[str, Any]:
+    """Return a pattern that PEFT reads as ``wanted``: the given one if it does, else one by exact paths.
+
+    The order of keys counts for PEFT, and sorting the file's keys changes it.
+    """
+    differing = {path: value for path, value in wanted.items() if not fits(path, default)}
+    by_path = {re.escape(path): value for path, value in differing.items()}
+    anchored = {f"^{key}": value for key, value in by_path.items()}
+    for candidate in (given, by_path):
+        ordered = dict(sorted(candidate.items()))
+        if all(fits(path, matching_value(ordered, path, default)) for path in wanted):
+            return ordered
+    return dict(sorted(anchored.items()))
+
+
+def _whole(value: float) -> int | float:
+    """Write 16.0, also where rounding left a trace, as 16: older PEFT versions expect an integer."""
+    nearest = round(value)
+    return nearest if math.isclose(value, nearest, rel_tol=1e-12) else value
+
+
+def matches(name: str, path: str) -> bool:
+    """Tell whether a name in a list of PEFT's means this path: all of it, or its end after a dot."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _targets(names: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """Return ``names`` if they cover exactly ``paths``, as far as that can be told, else the paths."""
+    names, paths = sorted(set(names)), sorted(set(paths))
+    covered = all(any(matches(name, path) for name in names) for path in paths)
+    return names if covered and all(any(matches(n, p) for p in paths) for n in names) else paths
+
+
+def _modules_to_save(state: AdapterState) -> list[str]:
+    """Return the chosen modules that have tensors, and the paths of all tensors that none of them covers."""
+    chosen = [n for n in state.full_modules if any(f"{p}.".startswith(f"{n}.") for p in state.modules)]
+    rest = [p for p in state.modules if not any(f"{p}.".startswith(f"{n}.") for n in chosen)]
+    return sorted({*chosen, *rest})
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Read the text of ``adapter_config.json`` and refuse what is active in it and not supported here.
+
+    Raises:
+        FormatError: it is not JSON, of another type than LORA, or uses features that are not supported.
+    """
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"adapter_config.json is not JSON ({error}).") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise FormatError("adapter_config.json has no 'peft_type': it is not a config of PEFT's.")
+    unknown = "a field that is not known here and may change what the adapter computes"
+    problems = [
+        f"'{key}' is {json.dumps(value)[:60]}: {_ACTIVE.get(key, unknown)}"
+        for key, value in sorted(config.items())
+        if key not in _HARMLESS and value not in (None, False, "", [], {})
+    ]
+    if config["peft_type"].upper() != "LORA":
+        problems = [f"'peft_type' is '{config['peft_type']}'; LORA (with DoRA and rsLoRA) is supported"]
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_SHIFTED_BASE):
+        problems.append(
+            f"'init_lora_weights' is '{init}': its training started from a changed base, which the file does not hold. "
+            "Let PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    if problems:
+        raise FormatError(f"adapter_config.json cannot be read as it is: {bullet_list(problems)}")
+    return config
+
+
+def read_method(config: Mapping[str, Any]) -> Method:
+    """Return the method that a config describes.
+
+    Raises:
+        FormatError: a field has a value that is not allowed.
+    """
+    try:
+        for kind in method_types():
+            method = kind.from_peft(config)
+            if method is not None:
+                return method
+    except (InputError, TypeError, ValueError) as error:
+        raise FormatError(f"adapter_config.json: {error}") from error
+    raise FormatError(f"adapter_config.json: no method here reads peft_type '{config.get('peft_type')}'.")
+
+
+def edited_fields(config: Mapping[str, Any], method: Method, sites: Mapping[str, SiteState]) -> list[str]:
+    """Return the config's fields that say something else than ``method``, which was saved with it."""
+    written = lora_config(method, sites)
+    return [key for key, default in _COMPUTING.items() if (config.get(key) or default) != (written.get(key) or default)]
+
+
+def names_in(config: Mapping[str, Any], key: str) -> list[str] | None:
+    """Return a field that is a list of names; None where it is a regular expression, a word or absent.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    value = config.get(key)
+    if value is None or isinstance(value, str):
+        return None
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return value
+    raise FormatError(f"adapter_config.json: '{key}' must be a list of names, found {json.dumps(value)[:60]}.")
+
+
+def read_targets(config: Mapping[str, Any], sites: Iterable[str]) -> tuple[str, ...]:
+    """Return names that mean exactly ``sites``: the config's where they do, else the full paths."""
+    paths = sorted(sites)
+    narrowed = any(config.get(key) not in (None, [], "") for key in ("layers_to_transform", "exclude_modules"))
+    names = names_in(config, "target_modules")
+    return tuple(paths if names is None or narrowed else _targets(names, paths))

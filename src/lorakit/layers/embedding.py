@@ -1,0 +1,63 @@
+"""``nn.Embedding``: a product with a one-hot input, ``W[d_out, d_in]`` = the table transposed.
+
+``d_in`` is the vocabulary, ``d_out`` the width. Dropout on a one-hot input keeps or drops a token's
+whole update, scaled by ``1 / (1 - p)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lorakit.layers.ops import LayerOps
+
+
+class EmbeddingOps(LayerOps):
+    """Down is a look-up in A's columns, up a product."""
+
+    kind = "embedding"
+    hosts = ("torch.nn.modules.sparse.Embedding",)
+    input_is_index = True
+
+    def refusal(self, layer: nn.Module) -> str | None:
+        """Refuse ``max_norm``, which rewrites the base weight in every forward."""
+        if getattr(layer, "max_norm", None) is not None:
+            return "max_norm rewrites the base weight in every forward"
+        return None
+
+    @override
+    def matrix_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, int]:
+        vocabulary, width = weight_shape
+        return width, vocabulary
+
+    @override
+    def as_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    @override
+    def as_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    @override
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        assert isinstance(layer, nn.Embedding)
+        return F.embedding(x, A.t(), padding_idx=layer.padding_idx)
+
+    @override
+    def dropped_down(self, layer: nn.Module, x: Tensor, A: Tensor, p: float) -> Tensor:
+        keep = F.dropout(torch.ones(x.shape, dtype=A.dtype, device=A.device), p, training=True)
+        return self.down(layer, x, A) * keep[..., None]
+
+    @override
+    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        return F.linear(h, B)
+
+    @override
+    def channelwise(self, layer: nn.Module, values: Tensor) -> Tensor:
+        return values
+
+    @override
+    def positions(self, layer: nn.Module, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape)

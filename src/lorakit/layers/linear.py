@@ -1,0 +1,52 @@
+"""``nn.Linear``: ``y = x W^T + b`` with ``W[d_out, d_in]``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lorakit.layers.ops import LayerOps, flat_positions
+
+
+class LinearOps(LayerOps):
+    """The weight already is the matrix."""
+
+    kind = "linear"
+    hosts = ("torch.nn.modules.linear.Linear",)
+    matrix_input = True
+
+    @override
+    def matrix_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, int]:
+        d_out, d_in = weight_shape
+        return d_out, d_in
+
+    @override
+    def as_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        return weight
+
+    @override
+    def as_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix
+
+    @override
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    @override
+    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        return F.linear(h, B)
+
+    def accumulate(self, layer: nn.Module, out: Tensor, h: Tensor, B: Tensor, factor: float) -> Tensor:
+        """Return ``out + factor * h B^T`` in one pass over ``out``."""
+        flat = torch.addmm(out.reshape(-1, out.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=factor)
+        return flat.view(out.shape)
+
+    @override
+    def channelwise(self, layer: nn.Module, values: Tensor) -> Tensor:
+        return values
+
+    @override
+    def positions(self, layer: nn.Module, x: Tensor) -> tuple[int, ...]:
+        return flat_positions(x.shape, 1)

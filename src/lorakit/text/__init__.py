@@ -1,0 +1,1 @@
+"""Text as a language model sees it: chat templates, supervised tokens, generation."""

@@ -1,0 +1,1 @@
+"""Fitting adapters: data, tasks, the loop, and what a run leaves behind."""

@@ -1,0 +1,1 @@
+"""Files of examples: read, recognised, split, turned into tokens and batched."""

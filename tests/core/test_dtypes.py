@@ -1,0 +1,205 @@
+"""An adapter in fp32 on a base of another dtype, under autocast, and dropout in training."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorakit as lk
+from lorakit.adapters import Handle
+from lorakit.layers import Site
+from tests.core.models import (
+    KINDS,
+    METHODS,
+    ROWS,
+    OneLayer,
+    fill_with_noise,
+    method_named,
+    one_layer,
+    train_some_steps,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Values rounded to the base's dtype on the way from x to y, each at most eps/2 of the magnitude below:
+# merged: the weight and the product; unmerged: W x, A, A x, B, B A x, the sum, and with a row scale also
+# the product less the bias, the gain, their product and the difference. Twelve halves are six eps; two
+# more for the sums of fp32 parts.
+ROUNDINGS = 8.0
+
+
+def float_inputs(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def magnitude(model: OneLayer, handle: Handle, x: Tensor) -> float:
+    """Return the largest sum of absolute terms that makes up an output: |W| |x| + |s| |B| |A| |x| + |b|."""
+    site = Site.at(model, "layer")
+    terms = handle.updates()["layer"].terms(site.ops, site.layer)
+    A, B = terms.low_rank()
+    plain = copy.deepcopy(model)
+    handle_of_copy = lk.handle_of(plain)
+    assert handle_of_copy is not None
+    plain = handle_of_copy.detach().float()
+    gain = 1.0 if terms.row_scale is None else terms.row_scale.detach().abs().clamp_min(1.0)[:, None]
+    absolute = gain * (site.matrix().float().abs() + B.abs() @ A.abs())
+    with torch.no_grad():
+        weight = plain.get_parameter("layer.weight")
+        weight.copy_(site.ops.as_weight(plain.get_submodule("layer"), absolute))
+        for parameter in plain.parameters():
+            parameter.abs_()
+        return float(plain(x.float().abs() if x.is_floating_point() else x).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_equals_unmerged_within_the_bases_rounding(method: str, kind: str, dtype: torch.dtype) -> None:
+    model = one_layer(kind).to(dtype).eval()
+    x = float_inputs(KINDS[kind].inputs(ROWS), dtype)
+    handle = lk.attach(model, method_named(method), "layer")
+    fill_with_noise(handle)
+    assert {p.dtype for p in handle.parameters().values()} == {torch.float32}
+    unmerged, bound = model(x), ROUNDINGS * torch.finfo(dtype).eps * magnitude(model, handle, x)
+    before = handle.digest()
+    handle.merge()
+    merged = model(x)
+    assert merged.dtype == unmerged.dtype == dtype
+    torch.testing.assert_close(merged.float(), unmerged.float(), rtol=0, atol=bound)
+    handle.unmerge()
+    assert handle.digest() == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_step_0_is_unchanged_on_every_dtype(method: str, kind: str, dtype: torch.dtype) -> None:
+    model = one_layer(kind).to(dtype).eval()
+    x = float_inputs(KINDS[kind].inputs(ROWS), dtype)
+    before = model(x)
+    lk.attach(model, method_named(method), "layer")
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "embedding", "transposed", "conv2d"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_fp32_on_a_base_of_any_dtype(method: str, kind: str, dtype: torch.dtype) -> None:
+    model = one_layer(kind).to(dtype)
+    handle = lk.attach(model, method_named(method), "layer")
+    fill_with_noise(handle)
+    model(float_inputs(KINDS[kind].inputs(ROWS), dtype)).float().square().mean().backward()
+    for parameter in handle.parameters().values():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_equals_unmerged_under_autocast(method: str, kind: str) -> None:
+    model = one_layer(kind).eval()
+    x = KINDS[kind].inputs(ROWS)
+    handle = lk.attach(model, method_named(method), "layer")
+    fill_with_noise(handle)
+    bound = ROUNDINGS * torch.finfo(torch.bfloat16).eps * magnitude(model, handle, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        with handle.disabled():
+            dtype = model(x).dtype
+        unmerged = model(x)
+        handle.merge()
+        merged = model(x)
+    assert merged.dtype == unmerged.dtype == dtype
+    torch.testing.assert_close(merged.float(), unmerged.float(), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_training_under_autocast_gives_fp32_gradients_and_leaves_the_base(method: str, kind: str) -> None:
+    model = one_layer(kind)
+    handle = lk.attach(model, method_named(method), "layer")
+    before = handle.digest()
+    with torch.autocast("cpu", torch.bfloat16):
+        train_some_steps(model, handle, KINDS[kind].inputs(ROWS))
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in handle.parameters().values())
+    assert handle.digest() == before
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_has_the_dtype_asked_for(method: str, adapter_dtype: torch.dtype) -> None:
+    handle = lk.attach(one_layer("linear"), method_named(method), "layer", dtype=adapter_dtype)
+    assert {p.dtype for p in handle.parameters().values()} == {adapter_dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_merged_weight_is_the_fp32_sum_rounded_once(dtype: torch.dtype) -> None:
+    model = one_layer("linear").to(dtype)
+    handle = lk.attach(model, lk.LoRA(rank=3), "layer")
+    fill_with_noise(handle)
+    weight = model.layer.get_parameter("weight").detach()
+    expected = (weight.float() + handle.delta("layer")).to(dtype)
+    handle.merge()
+    assert torch.equal(model.layer.get_parameter("weight"), expected)
+
+
+# Dropout --------------------------------------------------------------------------------------------
+
+
+def dropped(method: str, kind: str, p: float = 0.5) -> tuple[OneLayer, Handle]:
+    model = one_layer(kind).eval()
+    handle = lk.attach(model, method_named(method, dropout=p), "layer")
+    fill_with_noise(handle)
+    return model, handle
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_acts_in_training_only_and_merging_equals_evaluation(method: str, kind: str) -> None:
+    model, handle = dropped(method, kind)
+    x = KINDS[kind].inputs(ROWS)
+    evaluated = model(x)
+    assert torch.equal(model(x), evaluated)
+    model.train()
+    assert not torch.equal(model(x), evaluated)
+    model.eval()
+    handle.merge()
+    torch.testing.assert_close(model(x), evaluated, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "transposed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mean_over_many_draws_of_dropout_is_the_undropped_update(method: str, kind: str) -> None:
+    model, _ = dropped(method, kind)
+    draws = 20_000
+    row = KINDS[kind].inputs(1).flatten(0, 1)[:1]
+    evaluated = model(row)
+    model.train()
+    sample = model(row.expand(draws, *row.shape[1:])).detach()
+    standard_error = sample.std(dim=0).clamp_min(1e-6) / math.sqrt(draws)
+    # Five standard errors: about one false alarm in a million outputs.
+    assert ((sample.mean(dim=0) - evaluated[0]).abs() < 5 * standard_error).all()
+
+
+def test_dropout_on_an_embedding_keeps_or_drops_a_tokens_whole_update() -> None:
+    model, handle = dropped("lora", "embedding", p=0.25)
+    tokens = torch.full((400,), 7)
+    with handle.disabled():
+        base = model(tokens)
+    update = model(tokens[:1]) - base[:1]
+    model.train()
+    share = ((model(tokens) - base) / update).detach()
+    torch.testing.assert_close(share, share[:, :1].expand_as(share), rtol=0, atol=1e-4)
+    kept = share[:, 0] > 0.5
+    torch.testing.assert_close(share[kept], torch.full_like(share[kept], 1 / 0.75), rtol=0, atol=1e-4)
+    assert 0.6 < kept.float().mean() < 0.9
+
+
+def test_dropout_leaves_the_base_part_alone() -> None:
+    model = OneLayer(nn.Linear(6, 10))
+    lk.attach(model, lk.LoRA(rank=3, dropout=0.9), "layer")
+    x = torch.randn(5, 6)
+    assert torch.equal(model.train()(x), model.eval()(x))  # B = 0: only the low-rank branch is dropped

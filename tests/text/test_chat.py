@@ -1,0 +1,213 @@
+"""Which tokens of a conversation are the assistant's, for templates of many styles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.errors import DataError, ModelError
+from lorakit.text.chat import chat_prompt, chat_tokens, end_of_turn_ids, has_chat_template, message_problem
+from lorakit.text.tokens import encode_passages
+
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+STYLES = ["chatml", "inst", "strips", "thinks-last", "thought-opened"]
+
+LAST_ANSWER_ONLY = (
+    "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}{{ m.role }}: {{ m.content }}\n"
+    "{% endif %}{% endfor %}"
+)
+SHOUTS = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"
+
+
+def talk(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+TWO_TURNS = talk((USER, "what is it?"), (ASSISTANT, "yes"), (USER, "again?"), (ASSISTANT, "no, not yet"))
+
+
+def supervised(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
+    """Return the supervised stretches as text."""
+    ids, mask = chat_tokens(tokenizer, messages)
+    stretches: list[list[int]] = []
+    for index, (token, kept) in enumerate(zip(ids, mask, strict=True)):
+        if kept and (index == 0 or not mask[index - 1]):
+            stretches.append([])
+        if kept:
+            stretches[-1].append(token)
+    return [tokenizer.decode(stretch) for stretch in stretches]
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [
+        ("chatml", ["yes<|im_end|>", "no, not yet<|im_end|>"]),
+        ("inst", [" yes </s>", " no, not yet </s>"]),
+        ("strips", [" yes</s>", " no, not yet</s>"]),
+        ("thinks-last", ["yes<|im_end|>", "<think>\n\n</think>\n\nno, not yet<|im_end|>"]),
+        ("thought-opened", ["yes<|im_end|>", "no, not yet<|im_end|>"]),
+    ],
+)
+def test_assistant_turns_are_supervised_up_to_their_end_mark(templated: Any, style: str, expected: list[str]) -> None:
+    assert supervised(templated(style), TWO_TURNS) == expected
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_are_those_of_the_whole_rendering(templated: Any, style: str) -> None:
+    tokenizer = templated(style)
+    whole = tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
+
+    ids, mask = chat_tokens(tokenizer, TWO_TURNS)
+
+    assert ids == whole
+    assert len(mask) == len(ids)
+
+
+def test_token_that_joins_prompt_and_answer_is_supervised(templated: Any) -> None:
+    """'Assistant: ' + 'yes' is tokenised as ':', ' yes': the answer's first token holds a prompt's space."""
+    tokenizer = templated("strips")
+
+    ids, mask = chat_tokens(tokenizer, talk((USER, "what?"), (ASSISTANT, "yes")))
+
+    assert tokenizer.decode([ids[mask.index(True)]]) == " yes"
+
+
+def test_stripping_template_still_finds_a_padded_answer(templated: Any) -> None:
+    padded = talk((USER, "what?"), (ASSISTANT, "  yes it is \n"))
+
+    assert supervised(templated("strips"), padded) == [" yes it is</s>"]
+
+
+def test_an_answer_that_repeats_the_question_is_found_in_its_own_turn(templated: Any) -> None:
+    echo = talk((USER, "yes"), (ASSISTANT, "yes"), (USER, "yes"), (ASSISTANT, "yes"))
+
+    _, mask = chat_tokens(templated("chatml"), echo)
+
+    assert sum(mask) == 2 * len(templated("chatml").encode("yes<|im_end|>", add_special_tokens=False))
+    assert mask[-2]
+    assert not any(mask[:5])
+
+
+def test_system_and_earlier_thoughts_are_masked(templated: Any) -> None:
+    messages = talk(
+        (SYSTEM, "answer"),
+        (USER, "what?"),
+        (ASSISTANT, "<think>hm</think>yes"),
+        (USER, "again?"),
+        (ASSISTANT, "no"),
+    )
+
+    assert supervised(templated("thinks-last"), messages) == [
+        "yes<|im_end|>",
+        "<think>\n\n</think>\n\nno<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("text", ["naïve ☕ 日本語", "zwei\n\nAbsätze", "🙂🙃"])
+def test_answers_of_many_bytes_are_supervised_whole(templated: Any, text: str) -> None:
+    assert supervised(templated("chatml"), talk((USER, "what?"), (ASSISTANT, text))) == [f"{text}<|im_end|>"]
+
+
+def test_bos_of_the_template_is_not_doubled(metaspace: Any) -> None:
+    metaspace.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+
+    ids, _ = chat_tokens(metaspace, TWO_TURNS)
+
+    assert ids.count(metaspace.bos_token_id) == 1
+    assert ids[0] == metaspace.bos_token_id
+
+
+def test_without_a_template_the_plain_one_has_bos_and_ends_with_eos(metaspace: Any) -> None:
+    assert not has_chat_template(metaspace)
+
+    ids, mask = chat_tokens(metaspace, TWO_TURNS)
+
+    assert ids[0] == metaspace.bos_token_id
+    assert (ids[-1], mask[-1]) == (metaspace.eos_token_id, True)
+    assert ids.count(metaspace.eos_token_id) == 2
+
+
+def test_plain_template_supervises_answers_alone(bpe: Any) -> None:
+    assert supervised(bpe, [*talk((SYSTEM, "be kind")), *TWO_TURNS]) == ["yes</s>", "no, not yet</s>"]
+
+
+def test_plain_template_needs_an_end_of_sequence_token(bpe: Any) -> None:
+    bpe.eos_token = None
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        chat_tokens(bpe, TWO_TURNS)
+
+
+def test_a_template_that_drops_earlier_answers_is_refused_by_turn(templated: Any) -> None:
+    with pytest.raises(DataError, match=r"message 2 \(assistant\) cannot be told apart"):
+        chat_tokens(templated(LAST_ANSWER_ONLY), TWO_TURNS)
+
+
+def test_a_template_that_rewrites_answers_is_refused_by_turn(templated: Any) -> None:
+    with pytest.raises(DataError, match=r"message 2 \(assistant\) cannot be told apart.*rewrites it"):
+        chat_tokens(templated(SHOUTS), TWO_TURNS)
+
+
+def test_a_role_that_the_template_refuses_is_told_with_its_reason(templated: Any) -> None:
+    with pytest.raises(DataError, match="refuses messages 1 to 5: no system messages"):
+        chat_tokens(templated("inst"), [*talk((SYSTEM, "be kind")), *TWO_TURNS])
+
+
+@pytest.mark.parametrize("style", [*STYLES, ""])
+def test_generation_prompt_is_where_the_first_answer_begins(templated: Any, style: str) -> None:
+    tokenizer = templated(style)
+    prompt, _ = encode_passages(tokenizer, [chat_prompt(tokenizer, TWO_TURNS[:3])])[0]
+
+    text = tokenizer.decode(prompt)
+    whole = tokenizer.decode(chat_tokens(tokenizer, TWO_TURNS)[0])
+
+    assert whole.startswith(text)
+    assert whole[len(text) :].lstrip().removeprefix("<think>\n\n</think>\n\n").startswith("no, not yet")
+
+
+def test_a_chat_answer_ends_at_the_templates_mark_too(templated: Any) -> None:
+    tokenizer = templated("chatml")
+
+    assert end_of_turn_ids(tokenizer) == [
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        (None, "must be a list"),
+        ([], "must be a list"),
+        (["hello"], "message 1 is not an object"),
+        (talk(("bot", "hello")), "message 1 has the role 'bot'; known are"),
+        ([{"role": USER, "content": None}], r"message 1 \(user\) has no text"),
+        (talk((USER, "  ")), r"message 1 \(user\) has no text"),
+        (talk((ASSISTANT, "hello")), r"message 1 \(assistant\) follows nothing"),
+        (talk((USER, "a"), (USER, "b")), r"message 2 \(user\) follows one by 'user'"),
+        (talk((USER, "a"), (SYSTEM, "b")), r"message 2 \(system\) follows one by 'user'"),
+        (talk((SYSTEM, "a"), (USER, "b")), "no message is the assistant's"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_message(bpe: Any, messages: Any, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        chat_tokens(bpe, messages)
+
+
+def test_a_conversation_with_tools_and_a_last_question_is_well_formed() -> None:
+    turns = talk((SYSTEM, "a"), (USER, "b"), (ASSISTANT, "c"), ("tool", "d"), (ASSISTANT, "e"), (USER, "f"))
+
+    assert message_problem(turns) is None
+
+
+def test_real_template_supervises_answers_and_their_end(shared: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "tiny-llama-en")
+
+    assert supervised(tokenizer, TWO_TURNS) == ["yes</s>", "no, not yet</s>"]
+    assert chat_tokens(tokenizer, TWO_TURNS)[0].count(tokenizer.bos_token_id) == 1
