@@ -37,6 +37,7 @@ ROOMS = {
     "quant": 1,
     "errors": 0,
     "records": 0,
+    "version": 0,
     "settings": 0,
     "files": 0,
     "typing": 0,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lorakit.version import __version__
+from lorakit.version import __version__ as __version__
 
 _PLACES = {
     "AdapterState": "lorakit.adapters",

@@ -197,5 +197,6 @@ def _read(kind: Any, value: Any) -> Any:
                 known[f.name] = _read(hints[f.name], value[f.name])
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise KeyError(f.name)
-        return kind(**known)
+        make: Any = kind
+        return make(**known)
     return value

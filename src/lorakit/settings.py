@@ -20,9 +20,7 @@ class Settings(pydantic.BaseModel):
         ConfigError: on construction, naming every wrong field.
     """
 
-    model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, protected_namespaces=()
-    )
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     if not TYPE_CHECKING:  # the checker reads the fields' types; at run time errors become ours
 

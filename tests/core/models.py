@@ -138,9 +138,7 @@ class SoftPrompt(Method):
         return AdapterParts({}, {"prompt": AddedPrompt(self.width, dtype)})
 
 
-def train_some_steps(
-    model: nn.Module, handle: Handle, inputs: Tensor, name: str | None = None, steps: int = 4
-) -> None:
+def train_some_steps(model: nn.Module, handle: Handle, inputs: Tensor, name: str | None = None, steps: int = 4) -> None:
     """Train what acts on a random goal, as a user's own loop would; then evaluation mode again."""
     optimizer = torch.optim.AdamW(handle.parameters(name).values(), lr=0.05, weight_decay=0.1)
     model.train()

@@ -29,9 +29,7 @@ def test_100_by_100_at_rank_10_has_2000_numbers_instead_of_10000() -> None:
 
 
 def test_the_784_1000_2000_10_network_has_6794_numbers_at_rank_1() -> None:
-    network = nn.Sequential(
-        nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 2000), nn.ReLU(), nn.Linear(2000, 10)
-    )
+    network = nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 2000), nn.ReLU(), nn.Linear(2000, 10))
     handle = lk.attach(network, lk.LoRA(rank=1))
     counts = handle.counts()
     # 784*1000 + 1000 + 1000*2000 + 2000 + 2000*10 + 10, and (784 + 1000) + (1000 + 2000) + (2000 + 10)

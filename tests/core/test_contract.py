@@ -213,9 +213,7 @@ def test_disabled_equals_the_base_bit_for_bit(method: str, kind: str) -> None:
 @pytest.mark.parametrize("fields", [{"scaling": "rslora"}, {"init": "gaussian"}, {"bias": "lora_only"}])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["linear", "transposed", "conv2d"])
-def test_variants_merge_and_unmerge_like_the_plain_ones(
-    method: str, kind: str, fields: dict[str, object]
-) -> None:
+def test_variants_merge_and_unmerge_like_the_plain_ones(method: str, kind: str, fields: dict[str, object]) -> None:
     model, handle, x = trained(method, kind, **fields)
     digest, out = handle.digest(), model(x)
     handle.merge()

@@ -106,9 +106,7 @@ def test_a_rank_equal_to_the_smaller_side_is_allowed() -> None:
         ("alpha_pattern", {"up": math.nan}),
     ],
 )
-def test_a_value_out_of_range_is_a_config_error_that_names_the_field(
-    method: str, field: str, value: object
-) -> None:
+def test_a_value_out_of_range_is_a_config_error_that_names_the_field(method: str, field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         method_named(method, **{field: value})
 

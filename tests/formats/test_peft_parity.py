@@ -22,13 +22,16 @@ from .models import FP32_TOLERANCE, build, output, shake, shaken
 peft = pytest.importorskip("peft", reason="parity needs the real peft, from the extra 'test'")
 
 
+PLAIN = LoRA(rank=4, alpha=6)
+
+
 @dataclass(frozen=True)
 class Case:
     """One adapter, in our words and in PEFT's."""
 
     model: str
     targets: Sequence[str]
-    method: Method = LoRA(rank=4, alpha=6)
+    method: Method = PLAIN
     train: Sequence[str] = ()
     theirs: dict[str, Any] = field(default_factory=dict)
     task_type: str | None = None

@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapters.copies import ModuleCopy, leaf_modules, pristine_copy
-from lorakit.adapters.host import Active, Adapted, adapt, base_parameters
-from lorakit.adapters.targets import base_modules, tied_names
+from lorakit.adapters.host import Active, Adapted, adapt, base_parameters, hosts, unadapt, wanted_mode
+from lorakit.adapters.targets import base_modules, refuse_read_by_parent, tied_names
 from lorakit.errors import ConfigError, TargetError, UnsupportedLayerError, bullet_list, quoted
 from lorakit.layers import Site, find_ops
-from lorakit.methods import AdapterParts, Method, ModelPart, Update
+from lorakit.methods import Method, ModelPart, Update
 from lorakit.methods.method import BiasUpdate
 
 
@@ -109,16 +109,15 @@ def plan_biases(model: nn.Module, sites: Sequence[Site], wanted: str, skip: Sequ
         else:
             refused.append(f"'{path}' ({type(module).__name__}: {', '.join(own_names)})")
     if refused:
-        raise UnsupportedLayerError(
-            f"bias='all' cannot train the biases of {'; '.join(refused)}. Use 'lora_only'."
-        )
+        raise UnsupportedLayerError(f"bias='all' cannot train the biases of {'; '.join(refused)}. Use 'lora_only'.")
     if not own and not others:
         raise ConfigError("bias='all': this model has no biases. Use bias='none'.")
     return others
 
 
 def _only_vectors(module: nn.Module) -> bool:
-    return not any(True for _ in module.children()) and all(p.dim() == 1 for p in module.parameters())
+    children = [name for name, _ in module.named_children() if name != "lorakit"]
+    return not children and all(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
 
 
 def plan_copies(model: nn.Module, full: Sequence[str]) -> dict[str, nn.Module]:
@@ -126,18 +125,19 @@ def plan_copies(model: nn.Module, full: Sequence[str]) -> dict[str, nn.Module]:
 
     Raises:
         TargetError: a parameter of theirs is tied to a module that is not trained in full with it.
+        UnsupportedLayerError: a parent reads a module's weights itself and would never run its copy.
     """
     leaves: dict[str, nn.Module] = {}
     for path in full:
         leaves.update(leaf_modules(model, path))
+    refuse_read_by_parent(model, leaves)
     mine = {
-        f"{path}.{n}"
-        for path, module in leaves.items()
-        for n, _ in module.named_parameters(remove_duplicate=False)
+        f"{path}.{n}" for path, module in leaves.items() for n, _ in module.named_parameters(remove_duplicate=False)
     }
     problems = [
         f"'{name}' is tied to {quoted([o for o in others if o not in mine])}: training it in full would leave "
-        f"{'that' if len(others) == 1 else 'those'} behind. Name both to train them together, or adapt it by a target instead"
+        f"{'that' if len(others) == 1 else 'those'} behind. Name both to train them together, or adapt it by "
+        "a target instead"
         for name, others in tied_names(model).items()
         if name in mine and any(other not in mine for other in others)
     ]
@@ -156,9 +156,7 @@ def install_updates(
             adapt(site.path, site.layer, site.ops, active).put(name, update)
 
 
-def install_biases(
-    model: nn.Module, name: str, active: Active, paths: Sequence[str], dtype: torch.dtype
-) -> None:
+def install_biases(model: nn.Module, name: str, active: Active, paths: Sequence[str], dtype: torch.dtype) -> None:
     """Give the layers at ``paths`` the adapter's own copy of their bias. Changes the hosts' class."""
     for path in paths:
         module = model.get_submodule(path)
@@ -168,7 +166,7 @@ def install_biases(
             adapt(path, module, ops, active).put(name, BiasUpdate(bias, dtype))
         else:
             copy = ModuleCopy(pristine_copy(module), dtype, frozenset({"bias"}))
-            adapt(path, module, ops, active).put(name, copy.train(module.training))
+            adapt(path, module, ops, active).put(name, copy.train(wanted_mode(module)))
 
 
 def install_copies(
@@ -187,43 +185,45 @@ def install_copies(
             else:
                 holder, _, last = inner.rpartition(".")
                 copy.module.get_submodule(holder)._parameters[last] = twin
-        adapt(path, module, find_ops(module), active).put(name, copy.train(module.training))
+        adapt(path, module, find_ops(module), active).put(name, copy.train(wanted_mode(module)))
 
 
-def install_parts(model: nn.Module, name: str, active: Active, parts: AdapterParts) -> list[RemovableHandle]:
+def install_parts(model: nn.Module, name: str, active: Active, entry: Attached) -> None:
     """Put parts that act on the whole model into a child of the root called ``lorakit`` and hook them in.
 
     Raises:
         UnsupportedLayerError: the root runs its children in order, so that a child would become a layer.
     """
-    if not parts.parts:
-        return []
+    if not entry.parts:
+        return
     if isinstance(model, (nn.Sequential, nn.ModuleList)):
         kind = type(model).__name__
-        raise UnsupportedLayerError(
-            f"a {kind} as root cannot take a part of its own; put it inside a module."
-        )
+        raise UnsupportedLayerError(f"a {kind} as root cannot take a part of its own; put it inside a module.")
     if "lorakit" not in model._modules:
         model.add_module("lorakit", nn.ModuleDict())
     root = model._modules["lorakit"]
     assert root is not None
-    box = nn.Module()
-    hooks: list[RemovableHandle] = []
-    for key, part in parts.parts.items():
+    box = root._modules[name] = nn.Module()
+    for key, part in entry.parts.items():
         part.bind(name, active)
         box.add_module(key, part)
-        hooks += part.install(model)
-    root._modules[name] = box
-    return hooks
+        entry.hooks += part.install(model)
 
 
-def remove_parts(model: nn.Module, name: str) -> None:
-    """Remove an adapter's parts from the root; the last to go takes the child ``lorakit`` with it."""
-    root = model._modules["lorakit"]
-    assert root is not None
-    del root._modules[name]
-    if not root._modules:
-        del model._modules["lorakit"]
+def uninstall(model: nn.Module, name: str, entry: Attached) -> None:
+    """Take everything of one adapter out of a model again, also where only some of it had been put in."""
+    for _, host, branches in list(hosts(model)):
+        if name in branches.named():
+            branches.drop(name)
+        if not branches.named():
+            unadapt(host)
+    for hook in entry.hooks:
+        hook.remove()
+    root = model._modules.get("lorakit")
+    if root is not None and entry.parts:
+        root._modules.pop(name, None)
+        if not root._modules:  # the last to go takes the child with it
+            del model._modules["lorakit"]
 
 
 def parameters_of(model: nn.Module, name: str, entry: Attached) -> dict[str, nn.Parameter]:
@@ -241,7 +241,8 @@ def parameters_of(model: nn.Module, name: str, entry: Attached) -> dict[str, nn.
 def freeze_base(model: nn.Module) -> dict[str, bool]:
     """Stop the base's parameters from requiring gradients; return their flags as they were."""
     flags = {}
-    for name, parameter in base_parameters(model):
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # tied ones under each of their names
         flags[name] = parameter.requires_grad
+    for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
     return flags

@@ -11,7 +11,8 @@ from torch import nn
 
 from lorakit.adapters import attached, capture
 from lorakit.adapters.attached import Attached
-from lorakit.adapters.host import Active, Adapted, base_parameters, keep_statistics, restore
+from lorakit.adapters.checkpointing import InputGradients
+from lorakit.adapters.host import Active, base_parameters, keep_statistics, restore
 from lorakit.adapters.identity import Identity, identify
 from lorakit.adapters.state import AdapterState
 from lorakit.adapters.targets import Layers, find_full_modules, find_sites, shortest_names
@@ -35,6 +36,7 @@ class Attachments(ABC):
         self.active = Active()
         self._flags = attached.freeze_base(model)
         keep_statistics(model)
+        self._input_gradients = InputGradients(model)
         model.__dict__["_lorakit_handle"] = self
 
     @property
@@ -48,7 +50,7 @@ class Attachments(ABC):
 
     @abstractmethod
     def refuse_merged(self, what: str) -> None:
-        """Raise where adapters are merged now, since ``what`` would not have its effect."""
+        """Raise where adapters are merged now."""
 
     def add(
         self,
@@ -115,11 +117,7 @@ class Attachments(ABC):
         return entry
 
     def set_state(self, state: AdapterState, name: str | None = None) -> None:
-        """Give an attached adapter the tensors of ``state``, bit for bit (an earlier state of its own, say).
-
-        Raises:
-            ShapeError: they do not fit.
-        """
+        """Give an attached adapter the tensors of ``state``, bit for bit; they must fit."""
         self.entry(self.one(name))
         capture.fill(self, self.one(name), state)
 
@@ -127,15 +125,7 @@ class Attachments(ABC):
         """Remove one adapter; a layer without any is of its own class again."""
         entry = self.entry(name)
         self.refuse_merged("remove an adapter")
-        for _, host, _ in list(entry.branches(self.model, name)):
-            assert isinstance(host, Adapted)
-            host.lorakit.drop(name)
-            if not host.lorakit.named():
-                restore(host)
-        for hook in entry.hooks:
-            hook.remove()
-        if entry.parts:
-            attached.remove_parts(self.model, name)
+        attached.uninstall(self.model, name, entry)
         del self.adapters[name]
         self.active.weights.pop(name, None)
         self.active.strengths.pop(name, None)
@@ -149,6 +139,7 @@ class Attachments(ABC):
             restore(module)
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(self._flags.get(name, False))
+        self._input_gradients.remove()
         del self.model.__dict__["_lorakit_handle"]
         return self.model
 
@@ -215,9 +206,13 @@ class Attachments(ABC):
         start = int(torch.randint(2**62, (1,))) if seed is None else seed
         generator = torch.Generator().manual_seed(start)
         parts = entry.method.build(self.model, sites, generator, entry.dtype)
-        attached.install_updates(self.model, name, self.active, sites, parts.updates)
-        attached.install_biases(self.model, name, self.active, entry.biases, entry.dtype)
-        attached.install_copies(self.model, name, self.active, leaves, entry.dtype)
         entry.parts.update(parts.parts)
-        entry.hooks += attached.install_parts(self.model, name, self.active, parts)
+        try:
+            attached.install_updates(self.model, name, self.active, sites, parts.updates)
+            attached.install_biases(self.model, name, self.active, entry.biases, entry.dtype)
+            attached.install_copies(self.model, name, self.active, leaves, entry.dtype)
+            attached.install_parts(self.model, name, self.active, entry)
+        except BaseException:  # the model must not keep half an adapter
+            attached.uninstall(self.model, name, entry)
+            raise
         self.adapters[name] = entry

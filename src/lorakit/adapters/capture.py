@@ -39,8 +39,7 @@ def capture(handle: Attachments, name: str) -> AdapterState:
             site = Site.at(handle.model, path)
             sites[path] = SiteState(site.ops.kind, tuple(site.ops.weight(host).shape), tensors)
     parts = {
-        key: {inner: _plain(tensor) for inner, tensor in part.state_dict().items()}
-        for key, part in entry.parts.items()
+        key: {inner: _plain(tensor) for inner, tensor in part.state_dict().items()} for key, part in entry.parts.items()
     }
     return AdapterState(
         method=entry.method,
@@ -96,10 +95,7 @@ def places(model: nn.Module, state: AdapterState) -> tuple[list[Site], dict[str,
     if missing:
         raise TargetError(
             bullet_list(
-                [
-                    f"the adapter has a layer '{p}' that this model lacks.{did_you_mean(p, modules)}"
-                    for p in missing[:8]
-                ]
+                [f"the adapter has a layer '{p}' that this model lacks.{did_you_mean(p, modules)}" for p in missing[:8]]
             )
         )
     sites = [Site.at(model, path) for path in modules if path in state.sites]
@@ -115,6 +111,9 @@ def _misfit(site: Site, saved: SiteState) -> str | None:
     linear = {"linear", "transposed"}
     if site.ops.kind != saved.kind and not {site.ops.kind, saved.kind} <= linear:
         return f"'{site.path}' is of kind {site.ops.kind} here, but {saved.kind} in the adapter"
+    shape = tuple(site.ops.weight(site.layer).shape)
+    if len(shape) > 2 and shape[1:] != tuple(saved.weight_shape)[1:]:
+        return f"'{site.path}' has a weight of shape {shape} here, {tuple(saved.weight_shape)} in the adapter"
     A, B = saved.tensors.get("A"), saved.tensors.get("B")
     if A is not None and B is not None and (B.shape[0], A.shape[1]) != (site.d_out, site.d_in):
         return f"'{site.path}' is {site.d_out} x {site.d_in} here, but {B.shape[0]} x {A.shape[1]} in the adapter"

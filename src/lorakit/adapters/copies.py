@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 
 class ModuleCopy(nn.Module):
@@ -32,15 +33,25 @@ class ModuleCopy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the copy; its parameters are rounded to the input's dtype where that differs."""
-        given = next(
-            (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()), None
-        )
+        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()), None)
         parameters = dict(self.module.named_parameters())
         dtype = next(iter(parameters.values())).dtype
         if given is None or given.dtype == dtype or torch.is_autocast_enabled(given.device.type):
             return self.module(*args, **kwargs)
         rounded = {name: parameter.to(given.dtype) for name, parameter in parameters.items()}
         return torch.func.functional_call(self.module, rounded, args, kwargs)
+
+    def in_place_of(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the copy where ``host`` would run: an output that follows from no float input has the host's dtype."""
+        out = self(*args, **kwargs)
+        floats = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+        if floats or not isinstance(out, Tensor):
+            return out
+        return out.to(next(host.parameters()).dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """Follow the model's mode; a copy of which only the bias is trained keeps the base's statistics."""
+        return super().train(mode and self.only is None)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter trains."""

@@ -139,7 +139,8 @@ class Handle(Attachments):
         """Prove on ``model(*args, **kwargs)`` that every site moves the output.
 
         Args:
-            args, kwargs: the model's inputs.
+            *args: the model's inputs.
+            **kwargs: the model's inputs by name.
             digest_before: what :meth:`digest` said earlier; then also that no base byte has changed.
 
         Raises:
@@ -157,9 +158,7 @@ class Handle(Attachments):
     def refuse_merged(self, what: str) -> None:
         """Raise a MergeError where adapters are merged now."""
         if self._merged is not None:
-            raise MergeError(
-                f"cannot {what}: {quoted(list(self._merged.weights))} merged now. Call unmerge() first."
-            )
+            raise MergeError(f"cannot {what}: {quoted(list(self._merged.weights))} merged now. Call unmerge() first.")
 
     def merge(self, which: Use = None, *, keep: str = "memory") -> Merged:
         """Put ``round(W0 + sum w_i delta_i)``, computed in fp32, in place of the weights.

@@ -101,14 +101,15 @@ class Branches(nn.Module):
     ) -> Any:
         branch = self._modules[name]
         if isinstance(branch, ModuleCopy):
-            own = branch(*args, **kwargs)
+            own = branch.in_place_of(host, args, kwargs)
             if not isinstance(own, Tensor) or own.shape != base_out.shape:
                 raise RoutingError(
                     f"adapter '{name}' replaces a {host_class(host).__name__} by one of another output; "
                     "it can act alone at strength 1, but not be mixed, weighted or routed."
                 )
             return out + weight * (own - base_out)
-        assert self.ops is not None and isinstance(branch, Update)
+        assert self.ops is not None
+        assert isinstance(branch, Update)
         x = args[0] if args else next(iter(kwargs.values()))
         terms = branch.terms(self.ops, host)
         return add_update(self.ops, host, x, base_out, out, terms, weight, branch.training)
@@ -149,39 +150,66 @@ class Adapted:
         """Run the host, then add what the active adapters say."""
         stand_in = self.lorakit.replacement()
         if stand_in is not None:
-            return stand_in(*args, **kwargs)
+            return stand_in.in_place_of(cast(nn.Module, self), args, kwargs)
         base_out = super().forward(*args, **kwargs)  # type: ignore[misc]
         return self.lorakit.add_to(cast(nn.Module, self), base_out, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (adapted_class, host_class(cast(nn.Module, self))), self.__dict__.copy()
+        return _rebuild, (adapted_class, host_class(cast(nn.Module, self))), _state_of(cast(nn.Module, self))
 
 
 class KeepsStatistics:
-    """Put on top of a base module with running statistics: training never updates them."""
+    """Put on top of a base module with running statistics: training never updates them.
+
+    ``_lorakit_mode`` is the mode that the model wants; it is the module's again once it is restored.
+    """
 
     def train(self, mode: bool = True) -> Any:
-        """Stay in evaluation mode, whatever the model does."""
-        return super().train(False)  # type: ignore[misc]
+        """Stay in evaluation mode, whatever the model does; adapters' own copies below follow it."""
+        module = cast(nn.Module, self)
+        module.__dict__["_lorakit_mode"] = mode
+        module.training = False
+        for child in module.children():
+            child.train(mode)
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (keeping_class, host_class(cast(nn.Module, self))), self.__dict__.copy()
+        return _rebuild, (keeping_class, host_class(cast(nn.Module, self))), _state_of(cast(nn.Module, self))
 
 
-@functools.cache
+_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {}
+
+
 def adapted_class(host: type[nn.Module]) -> type[nn.Module]:
     """Return the class ``Adapted<Host>(Adapted, Host)``; the same one for every layer of a kind."""
-    return type(
-        f"Adapted{host.__name__}", (Adapted, host), {"_lorakit_adapted": True, "__module__": __name__}
-    )
+    keeps = issubclass(host, nn.modules.batchnorm._NormBase)
+    return _class_on_top("Adapted", (Adapted, KeepsStatistics) if keeps else (Adapted,), host)
 
 
-@functools.cache
 def keeping_class(host: type[nn.Module]) -> type[nn.Module]:
     """Return the class ``Keeping<Host>(KeepsStatistics, Host)``."""
-    return type(
-        f"Keeping{host.__name__}", (KeepsStatistics, host), {"_lorakit_adapted": True, "__module__": __name__}
-    )
+    return _class_on_top("Keeping", (KeepsStatistics,), host)
+
+
+def _class_on_top(word: str, top: tuple[type, ...], host: type[nn.Module]) -> type[nn.Module]:
+    if (word, host) not in _CLASSES:
+        names = {"_lorakit_adapted": True, "__module__": __name__}
+        _CLASSES[word, host] = type(f"{word}{host.__name__}", (*top, host), names)
+    return _CLASSES[word, host]
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
+def _rebind(module: nn.Module) -> None:
+    """Let accelerate's hook, which calls what it once replaced, call the module's class's forward."""
+    module.__dict__["_old_forward"] = functools.partial(type(module).forward, module)
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+    return state
 
 
 def _rebuild(make: Callable[[type[nn.Module]], type[nn.Module]], host: type[nn.Module]) -> nn.Module:
@@ -207,28 +235,40 @@ def adapt(path: str, module: nn.Module, ops: LayerOps | None, active: Active) ->
         return branches
     hooked = _instance_forward(path, module)
     if "lorakit" in dict(module.named_children()):
-        raise UnsupportedLayerError(
-            f"layer '{path}' has a child of its own called 'lorakit'; it cannot be adapted."
-        )
+        raise UnsupportedLayerError(f"layer '{path}' has a child of its own called 'lorakit'; it cannot be adapted.")
     branches = Branches(ops, active)
-    branches.train(module.training)
+    branches.train(wanted_mode(module))
     module.add_module("lorakit", branches)
-    module.__class__ = adapted_class(host_class(module))
+    _become(module, adapted_class(host_class(module)))
     if hooked:
-        module._old_forward = functools.partial(type(module).forward, module)
+        _rebind(module)
     return branches
+
+
+def unadapt(module: nn.Module) -> None:
+    """Undo :func:`adapt`; a base module whose statistics are kept goes on keeping them."""
+    if not isinstance(module, Adapted):
+        return
+    del module._modules["lorakit"]
+    if _calls(module.__dict__.get("forward"), type(module).forward):
+        del module.__dict__["forward"]  # left by a hook of accelerate's that came and went meanwhile
+    host = host_class(module)
+    _become(module, keeping_class(host) if "_lorakit_mode" in module.__dict__ else host)
+    if "_old_forward" in module.__dict__:
+        _rebind(module)
 
 
 def restore(module: nn.Module) -> None:
     """Undo :func:`adapt` and :func:`keep_statistics`: the module is what it was."""
-    if isinstance(module, Adapted):
-        del module._modules["lorakit"]
-        module.__class__ = host_class(module)
-        if "_old_forward" in module.__dict__:
-            module._old_forward = functools.partial(type(module).forward, module)
-    elif isinstance(module, KeepsStatistics):
-        module.__class__ = host_class(module)
-        module.training = module.__dict__.pop("_lorakit_was_training")
+    unadapt(module)
+    if isinstance(module, KeepsStatistics):
+        _become(module, host_class(module))
+        module.training = module.__dict__.pop("_lorakit_mode")
+
+
+def wanted_mode(module: nn.Module) -> bool:
+    """Return whether the model wants this module to train, also where its base part stays in evaluation mode."""
+    return bool(module.__dict__.get("_lorakit_mode", module.training))
 
 
 def keep_statistics(model: nn.Module) -> None:
@@ -237,16 +277,21 @@ def keep_statistics(model: nn.Module) -> None:
         if "lorakit" in path.split(".") or isinstance(module, (Adapted, KeepsStatistics)):
             continue
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            module.__dict__["_lorakit_was_training"] = module.training
-            module.__class__ = keeping_class(type(module))
-            module.train(False)
+            _become(module, keeping_class(type(module)))
+            module.train(module.training)
+
+
+def _calls(forward: Any, function: Any) -> bool:
+    """Tell whether a forward set on an instance is ``function`` bound to it, as a method or as a partial."""
+    own = forward.func if isinstance(forward, functools.partial) else getattr(forward, "__func__", None)
+    return own is function
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Branches]]:
     """Yield path, host and branches of every adapted module."""
     for path, module in model.named_modules():
         if isinstance(module, Adapted):
-            yield path, module, module.lorakit
+            yield path, cast(nn.Module, module), module.lorakit
 
 
 def _instance_forward(path: str, module: nn.Module) -> bool:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.copies import ModuleCopy
-from lorakit.adapters.host import hosts
+from lorakit.adapters.host import Branches, hosts
 from lorakit.adapters.targets import tied_names
 from lorakit.errors import AdapterError, MergeError, did_you_mean, quoted
 from lorakit.layers import LayerOps, Site
+from lorakit.layers.ops import host_class
 from lorakit.methods import Update
 
 if TYPE_CHECKING:
@@ -65,36 +66,35 @@ def merge(handle: Attachments, keep: str) -> Merged:
         MergeError: nothing acts, or something cannot be merged exactly; nothing has changed then.
     """
     if keep not in ("memory", "none"):
-        raise MergeError(
-            f"keep='{keep}': choose 'memory' (unmerge restores every bit) or 'none' (nothing is kept)."
-        )
+        raise MergeError(f"keep='{keep}': choose 'memory' (unmerge restores every bit) or 'none' (nothing is kept).")
     strengths = {name: handle.active.strength(name) for name in handle.active.weights}
     weights = {name: strength for name, strength in strengths.items() if strength != 0.0}
     _check(handle, weights)
+    if keep == "none":  # what is overwritten cannot come back: see first that every value can be held
+        for path, host, branches in hosts(handle.model):
+            _merged_values(path, host, branches.ops, _acting(branches, weights), weights)
     merged = Merged(weights)
     originals: dict[Place, Tensor] = {}
     ties = tied_names(handle.model)
     try:
         for path, host, branches in list(hosts(handle.model)):
-            acting = {name: branch for name, branch in branches.named().items() if name in weights}
-            if not acting:
-                continue
-            for (module, key, inner), value in _merged_values(
-                path, host, branches.ops, acting, weights
-            ).items():
+            acting = _acting(branches, weights)
+            for (module, key, inner), value in _merged_values(path, host, branches.ops, acting, weights).items():
                 name = f"{path}.{inner}"
                 merged.names.append(name)
                 if name in ties:
                     merged.untied.append(name)
-                originals[module, key] = _put(
-                    module, key, value, in_place=keep == "none" and name not in ties
-                )
+                originals[module, key] = _put(module, key, value, in_place=keep == "none" and name not in ties)
     except BaseException:
         for (module, key), original in originals.items():
             _set(module, key, original)
         raise
     merged.originals = originals if keep == "memory" else None
     return merged
+
+
+def _acting(branches: Branches, weights: Mapping[str, float]) -> dict[str, Update | ModuleCopy]:
+    return {name: branch for name, branch in branches.named().items() if name in weights}
 
 
 def unmerge(merged: Merged) -> None:
@@ -110,29 +110,32 @@ def unmerge(merged: Merged) -> None:
 
 
 def _check(handle: Attachments, weights: Mapping[str, float]) -> None:
-    if not weights:
-        raise MergeError("nothing to merge: no adapter acts. Choose one with use(name) or merge(name).")
     if handle.active.routing is not None:
         raise MergeError(
             "adapters are routed by row now; a merged weight is the same for every row. Leave the routing first."
         )
+    if not weights:
+        raise MergeError("nothing to merge: no adapter acts. Choose one with use(name) or merge(name).")
     whole = [name for name in weights if handle.adapters[name].parts]
     if whole:
         raise MergeError(f"{quoted(whole)} act on the model as a whole and have no weight to be merged into.")
     for path, host, branches in hosts(handle.model):
         acting = [(name, branch) for name, branch in branches.named().items() if name in weights]
         mixed = len(acting) > 1 or any(weights[name] != 1.0 for name, _ in acting)
-        copies = [name for name, branch in acting if isinstance(branch, ModuleCopy)]
+        copies = [name for name, branch in acting if isinstance(branch, ModuleCopy) and branch.only is None]
         if copies and mixed and not _linear_in_parameters(host, branches.ops):
             raise MergeError(
-                f"'{path}' is trained in full and not linear in its weights: merge {quoted(copies)} alone, at strength 1."
+                f"'{path}' is trained in full and not linear in its weights: "
+                f"merge {quoted(copies)} alone, at strength 1."
             )
         if acting and branches.ops is not None and host._parameters.get("weight") is None:
             raise MergeError(f"'{path}' computes its weight (a parametrization): it cannot be merged into.")
 
 
 def _linear_in_parameters(host: nn.Module, ops: LayerOps | None) -> bool:
-    return ops is not None or all(parameter.dim() == 1 for parameter in host.parameters(recurse=False))
+    """Tell whether the output is linear in the parameters: a layer with ops, or a norm without statistics."""
+    norm = host_class(host).__name__.endswith("Norm") and not any(True for _ in host.buffers(recurse=False))
+    return ops is not None or (norm and all(parameter.dim() == 1 for parameter in host.parameters(recurse=False)))
 
 
 @torch.no_grad()
@@ -147,15 +150,11 @@ def _merged_values(
     sole = next(iter(acting.values())) if len(acting) == 1 and weights[next(iter(acting))] == 1.0 else None
     if isinstance(sole, ModuleCopy):
         values = {key: tensor.detach() for key, tensor in sole.tensors().items()}
-        return {
-            (*_holder(host, key), key): _rounded(path, value, _at(host, key)) for key, value in values.items()
-        }
+        return {(*_holder(host, key), key): _rounded(path, value, _at(host, key)) for key, value in values.items()}
     total: dict[str, Tensor] = {}
     for name, branch in acting.items():
         for key, difference in _differences(host, ops, branch).items():
-            total[key] = (
-                total[key] + weights[name] * difference if key in total else weights[name] * difference
-            )
+            total[key] = total[key] + weights[name] * difference if key in total else weights[name] * difference
     found = {}
     for key, difference in total.items():
         base = _at(host, key)

@@ -29,17 +29,19 @@ class Routing:
 
     def __init__(self, route: Route) -> None:
         """Read a list of names (None: base alone), one per row, or a list of such lists, one per position."""
+        if isinstance(route, str):
+            raise RoutingError(
+                f"a route names one adapter (or None) per row: write ['{route}'] * rows, or use('{route}')."
+            )
         rows = [list(row) if isinstance(row, (list, tuple)) else row for row in route]
         flat = [name for row in rows for name in (row if isinstance(row, list) else [row])]
         if not flat:
             raise RoutingError("an empty route: name one adapter (or None) per row of the batch.")
         if len({len(row) if isinstance(row, list) else -1 for row in rows}) > 1:
-            raise RoutingError(
-                "a route has rows of different lengths; every row needs one entry per position."
-            )
-        self.names: tuple[str, ...] = tuple(dict.fromkeys(name for name in flat if name is not None))
+            raise RoutingError("a route has rows of different lengths; every row needs one entry per position.")
+        self.names: tuple[str, ...] = tuple(dict.fromkeys(str(name) for name in flat if name is not None))
         place = {name: i for i, name in enumerate(self.names)}
-        codes = [-1 if name is None else place[name] for name in flat]
+        codes = [-1 if name is None else place[str(name)] for name in flat]
         by_position = isinstance(rows[0], list)
         self.index = torch.tensor(codes).view(len(rows), -1) if by_position else torch.tensor(codes)
         self._cache: dict[tuple[object, ...], Tensor] = {}
@@ -77,13 +79,13 @@ class Routing:
         rows = self.rows()
         if rows is not None and leading and leading[0] == len(rows):
             return rows, 1
-        if self.index.dim() == 2 and math.prod(leading) == self.index.numel():
-            if leading[0] in (len(self.index), self.index.numel()):
-                return self.index.flatten(), len(leading)
+        by_position = self.index.dim() == 2 and math.prod(leading) == self.index.numel()
+        if by_position and leading[0] in (len(self.index), self.index.numel()):
+            return self.index.flatten(), len(leading)
         asked = " x ".join(str(size) for size in self.index.shape)
         found = " x ".join(str(size) for size in leading) or "no batch dimension"
+        unit = "rows" if self.index.dim() == 1 else "rows x positions"
         raise RoutingError(
-            f"a route for {asked} {'rows' if self.index.dim() == 1 else 'rows x positions'} meets a layer whose input has "
-            f"{found} positions: whose they are cannot be told. Give one adapter per position of the batch, "
-            "or one per row with inputs that keep the batch first."
+            f"a route for {asked} {unit} meets a layer whose input has {found} positions: "
+            "whose they are cannot be told. Give one adapter per position of the batch, or one per row with inputs that keep the batch first."
         )

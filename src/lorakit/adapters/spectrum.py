@@ -26,7 +26,8 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
     """
     left = torch.linalg.qr(B.float(), mode="r").R
     right = torch.linalg.qr(A.float().t(), mode="r").R
-    return torch.linalg.svdvals(left @ right.t())
+    values: Tensor = torch.linalg.svdvals(left @ right.t())
+    return values
 
 
 @torch.no_grad()

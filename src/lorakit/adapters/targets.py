@@ -16,6 +16,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -58,11 +59,7 @@ def as_entries(value: str | Iterable[str] | None) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
-        return (
-            [value]
-            if value.startswith("re:")
-            else [part.strip() for part in value.split(",") if part.strip()]
-        )
+        return [value] if value.startswith("re:") else [part.strip() for part in value.split(",") if part.strip()]
     return list(value)
 
 
@@ -84,7 +81,8 @@ def find_sites(
         model: the base.
         targets: entries as the module's docstring says.
         exclude: entries to leave out again.
-        layers: block numbers to keep, such as ``"0-5"``, ``"last:4"``, ``[0, 2]``; paths without a block number fall out.
+        layers: block numbers to keep, such as ``"0-5"``, ``"last:4"``, ``[0, 2]``; paths without a
+            block number fall out.
         skip: paths of modules trained in full, which are never targets too.
 
     Raises:
@@ -113,23 +111,33 @@ def find_sites(
     if unsupported:
         raise UnsupportedLayerError(bullet_list(unsupported))
     keep = _layer_filter(layers, modules)
-    paths = [p for p in modules if p in chosen and p not in dropped and keep(p)]
+    paths = [p for p in modules if p in chosen and not _below(p, dropped) and keep(p)]
     if not paths:
         raise TargetError("no target is left after excludes and the range of layers.")
-    return [_site(model, path) for path in paths]
+    refuse_read_by_parent(model, paths)
+    return [Site.at(model, path) for path in paths]
 
 
-def _site(model: nn.Module, path: str) -> Site:
-    parent_path, _, _ = path.rpartition(".")
-    while parent_path:
-        parent = model.get_submodule(parent_path)
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise UnsupportedLayerError(
-                f"layer '{path}' belongs to a {type(parent).__name__} ('{parent_path}'), which reads its layers' weights "
-                "itself: an update there would be skipped. It cannot be adapted."
-            )
-        parent_path, _, _ = parent_path.rpartition(".")
-    return Site.at(model, path)
+def refuse_read_by_parent(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse layers below a module that reads its layers' weights itself, so that an update would be skipped.
+
+    Raises:
+        UnsupportedLayerError: naming every such layer.
+    """
+    problems = []
+    for path in paths:
+        parent_path, _, _ = path.rpartition(".")
+        while parent_path:
+            parent = model.get_submodule(parent_path)
+            if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+                problems.append(
+                    f"layer '{path}' belongs to a {host_class(parent).__name__} ('{parent_path}'), which reads its "
+                    "layers' weights itself: an update there would be skipped. It cannot be adapted."
+                )
+                break
+            parent_path, _, _ = parent_path.rpartition(".")
+    if problems:
+        raise UnsupportedLayerError(bullet_list(problems))
 
 
 def _match(model: nn.Module, modules: dict[str, nn.Module], entry: str, strict: bool) -> set[str]:
@@ -137,9 +145,7 @@ def _match(model: nn.Module, modules: dict[str, nn.Module], entry: str, strict: 
     if entry in WORDS:
         found = word_targets(model, modules, entry)
         if not found:
-            raise TargetError(
-                f"no layer matches the word '{entry}': this model has no such linear layers by name."
-            )
+            raise TargetError(f"no layer matches the word '{entry}': this model has no such linear layers by name.")
         return found
     if entry.startswith("re:"):
         try:
@@ -210,13 +216,10 @@ def head_paths(model: nn.Module) -> list[str]:
     body = getattr(model, prefix, None) if prefix else None
     if isinstance(body, nn.Module) and body is not model:
         paths += [
-            n
-            for n, child in model.named_children()
-            if child is not body and any(True for _ in child.parameters())
+            n for n, child in model.named_children() if child is not body and any(True for _ in child.parameters())
         ]
-    output = (
-        model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
-    )
+    find_output: Any = getattr(model, "get_output_embeddings", None)
+    output = find_output() if callable(find_output) else None
     if isinstance(output, nn.Module):
         paths += [p for p, module in base_modules(model).items() if module is output]
     return sorted(set(paths))
@@ -232,11 +235,9 @@ def find_full_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]
     paths: list[str] = []
     problems: list[str] = []
     for name in as_entries(names):
-        hits = (
-            head_paths(model)
-            if name == "head"
-            else [p for p in modules if p == name or p.endswith("." + name)]
-        )
+        hits = [p for p in modules if p == name or p.endswith("." + name)]
+        if name == "head":
+            hits = head_paths(model) or hits
         hits = [p for p in hits if any(True for _ in modules[p].parameters())]
         if not hits:
             options = {*modules, *(p.rsplit(".", 1)[-1] for p in modules), "head"}
@@ -291,7 +292,7 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {n: [o for o in names if o != n] for names in groups.values() if len(names) > 1 for n in names}
 
 
-def _below(path: str, roots: Sequence[str]) -> bool:
+def _below(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(root + ".") for root in roots)
 
 
@@ -323,14 +324,16 @@ def _parse_layers(layers: Layers, present: Sequence[int]) -> set[int]:
     for part in layers.replace(" ", "").split(","):
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         last = re.fullmatch(r"last:(\d+)", part)
-        if span:
+        if span and int(span[1]) <= int(span[2] or span[1]):
             wanted |= set(range(int(span[1]), int(span[2] or span[1]) + 1))
-        elif last:
-            wanted |= set(present[-int(last[1]) :]) if int(last[1]) else set()
-        else:
+        elif last and 0 < int(last[1]) <= len(present):
+            wanted |= set(present[-int(last[1]) :])
+        elif span or last:
             raise TargetError(
-                f"layers '{layers}': '{part}' is not understood. Write '0-5', '3', '0-2,7' or 'last:4'."
+                f"layers '{layers}': '{part}' means no such blocks; this model has {present[0]} to {present[-1]}."
             )
+        else:
+            raise TargetError(f"layers '{layers}': '{part}' is not understood. Write '0-5', '3', '0-2,7' or 'last:4'.")
     return wanted
 
 

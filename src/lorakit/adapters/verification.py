@@ -52,9 +52,7 @@ def verify(
         raise MergeError("adapters are merged: the base's weights are replaced now. Call unmerge() first.")
     found = digest(handle.model)
     if digest_before is not None and found != digest_before:
-        raise VerificationError(
-            f"the base has changed: its digest was {digest_before[:12]} and is {found[:12]}."
-        )
+        raise VerificationError(f"the base has changed: its digest was {digest_before[:12]} and is {found[:12]}.")
     training = {module: module.training for module in handle.model.modules()}
     handle.model.eval()
     dead, count = [], 0

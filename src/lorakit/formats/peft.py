@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +32,7 @@ from lorakit.formats.peft_keys import PREFIX, Sorted, raise_problems, read_site,
 from lorakit.formats.tensors import TensorFile, read_tensors
 from lorakit.methods import Method, find_method
 from lorakit.methods.lora import LoRA
+from lorakit.version import __version__
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -231,18 +231,11 @@ def _exact_method(
 
 def _metadata(state: AdapterState, fan_in_fan_out: bool) -> dict[str, str]:
     """Return the strings beside the tensors: what PEFT's config has no word for."""
-    notes = {"format": "pt", "lorakit.method": json.dumps(state.method.summary()), "lorakit.version": _version()}
+    notes = {"format": "pt", "lorakit.method": json.dumps(state.method.summary()), "lorakit.version": __version__}
     transposed = sorted(path for path, site in state.sites.items() if site.kind == "transposed")
     if transposed and not fan_in_fan_out:
         notes["lorakit.transposed"] = json.dumps(transposed)
     return notes if state.identity is None else {**notes, **state.identity.to_metadata()}
-
-
-def _version() -> str:
-    try:
-        return metadata.version("lorakit")
-    except metadata.PackageNotFoundError:  # run from its source, not installed
-        return "unknown"
 
 
 def _advice(found: Sorted) -> str:

@@ -61,7 +61,5 @@ def find_init(value: Any) -> Init:
     fields = dict(value) if isinstance(value, dict) else {"name": value}
     name = fields.pop("name", None)
     if name not in _registry():
-        raise ConfigError(
-            f"no init '{name}'. Known: {', '.join(init_names())}.{did_you_mean(str(name), init_names())}"
-        )
+        raise ConfigError(f"no init '{name}'. Known: {', '.join(init_names())}.{did_you_mean(str(name), init_names())}")
     return _registry()[name](**fields)

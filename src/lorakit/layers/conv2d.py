@@ -42,7 +42,8 @@ class Conv2dOps(LayerOps):
     def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         assert isinstance(layer, nn.Conv2d)
         kernel = A.view(A.shape[0], layer.in_channels, *layer.kernel_size)
-        return layer._conv_forward(x, kernel, None)
+        out: Tensor = layer._conv_forward(x, kernel, None)
+        return out
 
     @override
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:

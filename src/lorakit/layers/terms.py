@@ -44,7 +44,8 @@ class Terms:
 
     def low_rank(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return factors ``(A', B')`` with every gain and the scale in them: ``B' A'`` is the low-rank part."""
-        assert self.A is not None and self.B is not None
+        assert self.A is not None
+        assert self.B is not None
         A, B = self.A.detach().to(dtype), self.B.detach().to(dtype) * self.scale
         if self.rank_gain is not None:
             A = A * self.rank_gain.detach().to(dtype)[:, None]
@@ -82,7 +83,8 @@ def add_update(
     """Return ``out + weight * (W' x + b' - W x - b)``, the plain path.
 
     Args:
-        ops, layer: the host.
+        ops: the host's operations.
+        layer: the host.
         x: the layer's input.
         base_out: the base's output ``W x + b`` for this input.
         out: what other adapters have made of it so far, same shape and dtype.

@@ -1,4 +1,6 @@
-"""DoRA: Weight-Decomposed Low-Rank Adaptation (Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen; 2024, arXiv 2402.09353).
+"""DoRA: Weight-Decomposed Low-Rank Adaptation.
+
+Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen; 2024, arXiv 2402.09353.
 
     W' = m * (W0 + s B A) / ||W0 + s B A||      norm over each output's row, m[d_out] = ||W0|| at the start
 
@@ -26,34 +28,37 @@ from lorakit.methods.method import Method
 
 
 class DoRAUpdate(LowRankUpdate):
-    """A low-rank pair and the rows' magnitude; ``base_square`` is ``||W0||^2`` by rows in fp32."""
+    """A low-rank pair and the rows' magnitude; ``base_square`` is ``||W0||^2`` by rows in fp32 (fp64 of fp64)."""
 
     base_square: Tensor
 
-    def __init__(
-        self, A: Tensor, B: Tensor, scale: float, dropout: float, bias: Tensor | None, W: Tensor
-    ) -> None:
+    def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float, bias: Tensor | None, W: Tensor) -> None:
         super().__init__(A, B, scale, dropout, bias)
-        square = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).square()
+        square = torch.linalg.vector_norm(W, dim=1, dtype=_wide(W)).square()
         self.register_buffer("base_square", square, persistent=False)
         self.magnitude = nn.Parameter(square.sqrt().to(A.dtype))
 
     def terms(self, ops: LayerOps, layer: nn.Module) -> Terms:
         """Return the pair with ``row_scale = magnitude / ||W0 + s B A||``."""
         W = ops.as_matrix(layer, ops.weight(layer).detach())
-        row_scale = self.magnitude.float() / self.norm(W)
+        row_scale = self.magnitude.to(_wide(W)) / self.norm(W)
         shift = self.bias_shift(ops, layer)
         return Terms(self.A, self.B, self.scale, row_scale=row_scale, dropout=self.dropout, bias_shift=shift)
 
     @torch.no_grad()
     def norm(self, W: Tensor) -> Tensor:
-        """Return ``||W + s B A||`` by rows, ``[d_out]``, fp32, without a ``[d_out, d_in]`` temporary."""
+        """Return ``||W + s B A||`` by rows, ``[d_out]``, fp32 (fp64 of fp64), without a ``[d_out, d_in]`` temporary."""
         with torch.autocast(W.device.type, enabled=False):
-            A, B = self.A.float(), self.B.float() * self.scale
-            cross = (W @ A.to(W.dtype).t()).float()
-            square = self.base_square.float() + ((2.0 * cross + B @ (A @ A.t())) * B).sum(dim=1)
+            wide = _wide(W)
+            A, B = self.A.to(wide), self.B.to(wide) * self.scale
+            cross = (W @ A.to(W.dtype).t()).to(wide)
+            square = self.base_square.to(wide) + ((2.0 * cross + B @ (A @ A.t())) * B).sum(dim=1)
             tiny = torch.finfo(torch.float32).tiny
             return square.clamp_min(tiny).sqrt()
+
+
+def _wide(W: Tensor) -> torch.dtype:
+    return torch.promote_types(W.dtype, torch.float32)
 
 
 class DoRA(LoRA):

@@ -1,4 +1,6 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models (Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen; 2021, arXiv 2106.09685).
+"""LoRA: Low-Rank Adaptation of Large Language Models.
+
+Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen; 2021, arXiv 2106.09685.
 
     h = W0 x + (alpha / rank) B A x,     A[rank, d_in], B[d_out, rank], B = 0 at the start   (eq. 3)
 
@@ -26,7 +28,6 @@ from lorakit.inits import Init, find_init
 from lorakit.inits.kaiming import Kaiming
 from lorakit.layers import LayerOps, Site, Terms
 from lorakit.methods.method import AdapterParts, Method, Update
-
 
 
 def _init_field(value: Any) -> Init:
@@ -94,17 +95,17 @@ class LoRA(Method):
     scaling: Literal["standard", "rslora"] = "standard"
     init: AnyInit = Kaiming()
     bias: Literal["none", "lora_only", "all"] = "none"
-    rank_pattern: dict[str, Rank] = {}
-    alpha_pattern: dict[str, Alpha] = {}
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
 
     def rank_at(self, path: str) -> int:
         """Return the rank for the layer at ``path``."""
-        return matching_value(self.rank_pattern, path, self.rank)
+        return int(matching_value(self.rank_pattern, path, self.rank))
 
     def scale_at(self, path: str, rank: int | None = None) -> float:
         """Return the factor on ``B A`` for the layer at ``path``, whose rank is ``rank`` if given."""
         rank = self.rank_at(path) if rank is None else rank
-        alpha = matching_value(self.alpha_pattern, path, self.alpha)
+        alpha = float(matching_value(self.alpha_pattern, path, self.alpha))
         return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
     def build(
@@ -118,9 +119,7 @@ class LoRA(Method):
         A, B, bias = self.start(site, generator, dtype)
         return LowRankUpdate(A, B, self.scale_at(site.path), self.dropout, bias)
 
-    def start(
-        self, site: Site, generator: torch.Generator, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def start(self, site: Site, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the starting A, B and bias copy of one site, on its device."""
         device = site.ops.weight(site.layer).device
         A, B = self.init.draw(site, self.rank_at(site.path), generator)
@@ -142,9 +141,7 @@ class LoRA(Method):
         if unmatched:
             names = {site.path for site in sites} | {site.path.rsplit(".", 1)[-1] for site in sites}
             raise TargetError(
-                bullet_list(
-                    [f"pattern '{key}' matches no target.{did_you_mean(key, names)}" for key in unmatched]
-                )
+                bullet_list([f"pattern '{key}' matches no target.{did_you_mean(key, names)}" for key in unmatched])
             )
         problems = [
             f"rank {self.rank_at(site.path)} is above the smaller side of '{site.path}' ({site.d_out} x {site.d_in})"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.records import Evaluation
-from lorakit.training.data.batches import Collator, ordered_batches
+from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import evaluating, scored
+from lorakit.training.objectives import bounded_batches, evaluating, scored
 
 PROBE_ROWS = 4000
 
@@ -36,9 +36,16 @@ def majority(train: Sequence[EncodedRow], held: Sequence[EncodedRow], labels: Se
 
 def linear_probe(
     model: nn.Module, train: Sequence[EncodedRow], held: Sequence[EncodedRow], collate: Collator, labels: Sequence[str]
-) -> Evaluation:
-    """Fit and score a linear probe on the frozen base's features (at most 4,000 training rows)."""
-    x, y = features(model, train[:PROBE_ROWS], collate)
+) -> Evaluation | None:
+    """Fit and score a linear probe on the frozen base's features; None where the model does not show them.
+
+    At most 4,000 training rows are taken, evenly spaced: files are often sorted by class.
+    """
+    taken = train[:: -(-len(train) // PROBE_ROWS)]
+    x, held_x = features(model, taken, collate), features(model, held, collate)
+    if x is None or held_x is None:
+        return None
+    y, truth = torch.tensor([_class(row) for row in taken]), torch.tensor([_class(row) for row in held])
     mean, deviation = x.mean(0), x.std(0).clamp_min(1e-6)
     x = (x - mean) / deviation
     weight = torch.zeros(len(labels), x.shape[1], requires_grad=True)
@@ -52,7 +59,6 @@ def linear_probe(
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    held_x, truth = features(model, held, collate)
     with torch.no_grad():
         logits = F.linear((held_x - mean) / deviation, weight, bias)
         loss = float(F.cross_entropy(logits, truth))
@@ -62,21 +68,26 @@ def linear_probe(
 
 
 @torch.no_grad()
-def features(model: nn.Module, rows: Sequence[EncodedRow], collate: Collator) -> tuple[Tensor, Tensor]:
-    """Return each row's mean last hidden state, ``[rows, width]`` in fp32 on the CPU, and its class."""
+def features(model: nn.Module, rows: Sequence[EncodedRow], collate: Collator) -> Tensor | None:
+    """Return each row's mean last hidden state, ``[rows, width]`` in fp32 on the CPU.
+
+    None for a model that does not return hidden states, or not one for each token.
+    """
     device = next(model.parameters()).device
     found: list[Tensor] = []
     order: list[int] = []
     with evaluating(model):
-        for numbers in ordered_batches([len(row.input_ids) for row in rows], 64):
+        for numbers in bounded_batches(rows):
             batch = {k: v.to(device) for k, v in collate([rows[i] for i in numbers]).items() if k != "labels"}
             hidden = model(**batch, output_hidden_states=True)
-            states = hidden.get("hidden_states") or hidden["encoder_hidden_states"]
+            states = hidden.get("hidden_states") or hidden.get("encoder_hidden_states")
+            if not states or states[-1].shape[:2] != batch["attention_mask"].shape:
+                return None
             mask = batch["attention_mask"][..., None].to(states[-1].dtype)
-            found.append(((states[-1] * mask).sum(1) / mask.sum(1)).float().cpu())
+            found.append(((states[-1] * mask).sum(1) / mask.sum(1).clamp_min(1)).float().cpu())
             order += numbers
     place = torch.tensor(order).argsort()
-    return torch.cat(found)[place], torch.tensor([_class(row) for row in rows])
+    return torch.cat(found)[place]
 
 
 def _class(row: EncodedRow) -> int:

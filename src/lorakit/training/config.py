@@ -45,7 +45,7 @@ class TrainConfig(Settings):
     targets: str | list[str] = "all-linear"
     exclude: str | list[str] | None = None
     layers: str | list[int] | None = None
-    train_modules: str | list[str] = []
+    train_modules: str | list[str] = Field(default_factory=list)
     epochs: Positive | None = None
     max_steps: Count | None = None
     lr: Positive | None = None

@@ -143,13 +143,10 @@ def divergence(exact: Tensor, rounded: Tensor) -> tuple[float, float]:
     return max(kl, 0.0), float((p.argmax(-1) == q.argmax(-1)).float().mean())
 
 
-def same_again(
-    folder: Path, run: Run, expected: Tensor, inputs: dict[str, Tensor], trust_remote_code: bool
-) -> bool:
+def same_again(folder: Path, run: Run, expected: Tensor, inputs: dict[str, Tensor], trust_remote_code: bool) -> bool:
     """Load the written folder and compare its outputs with ``expected``, up to the order of sums."""
     again = load_base(
         str(folder), run.spec.task, labels=run.spec.labels, dtype="auto", trust_remote_code=trust_remote_code
     )
     found = logits_of(again.model, inputs)
     return not again.new_modules and bool(torch.allclose(found, expected, rtol=1e-5, atol=1e-5))
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.adapters import Handle, attach
+from lorakit.adapters import AdapterState, Handle, attach
 from lorakit.adapters.spectrum import spectra
 from lorakit.bases import Base
 from lorakit.errors import ConfigError
 from lorakit.records import Evaluation, RunSummary
 from lorakit.training import baselines, recipe, samples
 from lorakit.training.config import TrainConfig
-from lorakit.training.loop import Outcome, Plan, optimizer_for, train
+from lorakit.training.loop import Outcome, Plan, train
 from lorakit.training.memory import peak_bytes
 from lorakit.training.objectives import evaluate, summed_loss
 from lorakit.training.observe import Observer
@@ -91,6 +93,8 @@ def fit(
     Raises:
         InputError: something asked for cannot be done; nothing has been written then.
         TrainingError: the run broke, or the disk is full.
+
+    After an error a model object that was given is as before, without the adapter.
     """
     given = config.model_dump() if isinstance(config, TrainConfig) else dict(config or {})
     twice = sorted(set(given) & set(settings)) if not isinstance(config, TrainConfig) else []
@@ -100,18 +104,29 @@ def fit(
     watcher = observer or Observer()
     folder = RunFolder(decided.output, decided.force) if decided.output is not None else None
     prepared = prepare(model, rows, decided, tokenizer, watcher)
+    watcher.stage("attaching the adapter")
+    collate = prepared.spec.collator(prepared.base.tokenizer)
+    reference = take_reference(prepared.base.model, prepared.held, collate)
+    handle = _attach(prepared, decided)
     try:
-        return _run(prepared, decided, watcher, folder)
+        return _run(prepared, decided, handle, reference, watcher, folder)
+    except BaseException:  # a model that was given is what it was
+        handle.detach()
+        raise
     finally:
         if folder is not None:
-            folder.abandon()
+            folder.end()
 
 
-def _run(prepared: Prepared, config: TrainConfig, observer: Observer, folder: RunFolder | None) -> FitResult:
+def _run(
+    prepared: Prepared,
+    config: TrainConfig,
+    handle: Handle,
+    reference: Reference,
+    observer: Observer,
+    folder: RunFolder | None,
+) -> FitResult:
     base, spec = prepared.base, prepared.spec
-    observer.stage("attaching the adapter")
-    reference = take_reference(base.model, prepared.held, spec.collator(base.tokenizer))
-    handle = _attach(prepared, config)
     recipe.say_method(
         config, prepared.recipe, prepared.method, list(handle.entry(ADAPTER).targets), str(handle.coverage(ADAPTER))
     )
@@ -126,7 +141,8 @@ def _run(prepared: Prepared, config: TrainConfig, observer: Observer, folder: Ru
     outcome = _train(prepared, config, handle, observer, folder)
     if outcome.best is not None and not outcome.interrupted and outcome.best_step != outcome.steps:
         handle.set_state(outcome.best, ADAPTER)
-        observer.note(f"kept the adapter of step {outcome.best_step:,}, the best on the validation rows")
+        prepared.notes.append(f"Kept the adapter of step {outcome.best_step:,}, the best on the validation rows.")
+        observer.note(prepared.notes[-1])
     if folder is not None:
         observer.stage("saving the adapter")
         folder.save_adapter(_named(handle, base), spec, base.revision)
@@ -169,7 +185,7 @@ def _measure_before(prepared: Prepared, handle: Handle, reference: Reference, ob
 
 
 def _memory(prepared: Prepared, handle: Handle) -> int:
-    """Return the tensor bytes that a step on the longest micro-batch takes, AdamW's state included."""
+    """Return the tensor bytes of a step on the longest micro-batch, of the adapter itself and of AdamW's state."""
     model, spec = prepared.base.model, prepared.spec
     longest = sorted(prepared.train, key=lambda row: -len(row.input_ids))[: prepared.recipe.micro_batch]
     device = next(model.parameters()).device
@@ -180,13 +196,19 @@ def _memory(prepared: Prepared, handle: Handle) -> int:
         loss, count = summed_loss(model, batch)
         (loss / max(count, 1)).backward()  # type: ignore[no-untyped-call]
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _own_generators(device):
         model.train()
         peak = peak_bytes(step, device)
         model.eval()
     for parameter in parameters:
         parameter.grad = None
+    # The adapter itself, and AdamW's two moments; the gradients are among what the step has made.
     return peak + sum(3 * parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _own_generators(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within the block torch's generators may be drawn from and seeded; the caller's state comes back."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _train(
@@ -202,9 +224,9 @@ def _train(
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         seed=config.seed,
-        fp16=recipe.dtype in ("fp16", "float16"),
+        fp16=recipe.dtype == "fp16",
     )
-    with torch.random.fork_rng():
+    with _own_generators(next(base.model.parameters()).device):
         torch.manual_seed(config.seed)
         return train(
             handle,
@@ -262,7 +284,7 @@ def _summarise(
         num_epochs=outcome.epochs,
         finished=not outcome.interrupted,
         choices=tuple(prepared.recipe.choices),
-        samples=samples.paired(before.samples, answers, prepared.held, spec),
+        samples=samples.paired(before.samples, answers, base.tokenizer, spec, prepared.held),
         spectra=spectra(handle, ADAPTER),
         notes=tuple(prepared.notes),
         proof=proof,
@@ -270,7 +292,5 @@ def _summarise(
     )
 
 
-def _named(handle: Handle, base: Base) -> Any:
-    import dataclasses
-
+def _named(handle: Handle, base: Base) -> AdapterState:
     return dataclasses.replace(handle.state(ADAPTER), base_name=base.name)

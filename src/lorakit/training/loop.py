@@ -1,13 +1,13 @@
 """The training loop: batches, gradients, steps, validation, and the best adapter so far.
 
-It runs on Accelerate, so that the same lines serve one CPU, one GPU and several processes. A step's
-loss is the mean over all its rows or supervised tokens, whatever the micro-batches and processes
-(each token weighs the same). The first Ctrl-C ends the run after the step at hand.
+A step's loss is the mean over all its rows or supervised tokens, whatever the micro-batches and the
+processes: each token weighs the same. The first Ctrl-C ends the run after the step at hand.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import threading
@@ -39,7 +39,7 @@ class Plan:
         batch_size: rows per step; ``micro_batch`` of them at a time in memory.
         lr, weight_decay, clip_norm: of AdamW.
         seed: of the order of the rows.
-        fp16: scale the loss, as fp16 needs.
+        fp16: scale the loss, so that small gradients survive in an fp16 base's activations.
     """
 
     num_steps: int
@@ -100,7 +100,7 @@ def train(
     validate: Callable[[], Evaluation] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Outcome:
-    """Train the adapter ``name`` in place.
+    """Train the adapter ``name`` in place; the model is in evaluation mode afterwards.
 
     Args:
         handle, name: which adapter; it must be the one that acts.
@@ -114,136 +114,184 @@ def train(
     Raises:
         TrainingError: the loss or the gradient is not finite.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(
-        cpu=next(handle.model.parameters()).device.type == "cpu", mixed_precision="fp16" if plan.fp16 else "no"
-    )
-    optimizer = optimizer_for(handle, name, plan)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, plan.num_steps))
-    model, optimizer = accelerator.prepare(handle.model, optimizer)
-    run = _Run(handle, name, model, optimizer, accelerator, plan)
-    outcome = Outcome()
-    entry, updates = handle.entry(name), handle.updates(name)
+    stepper = Stepper(handle, name, plan)
+    diary = _Diary(handle, name, plan.num_steps, math.ceil(len(rows) / plan.batch_size), observer, log)
+    outcome = diary.outcome
     lengths = [len(row.input_ids) for row in rows]
-    per_epoch = math.ceil(len(rows) / plan.batch_size)
-    model.train()
-    with _stop_on_interrupt() as stopped:
-        epoch = 0
-        while outcome.steps < plan.num_steps and not stopped.is_set():
+    with _stop_on_interrupt() as stopped, _training(handle):
+        for epoch in itertools.count():
             for numbers in BatchOrder(lengths, plan.batch_size, plan.seed, epoch):
                 start = time.perf_counter()
-                loss, norm = run.step([collate([rows[i] for i in part]) for part in _parts(numbers, plan.micro_batch)])
-                entry.method.after_step(updates, outcome.steps)
-                rate = float(optimizer.param_groups[0]["lr"])
-                rates.step()
-                outcome.steps += 1
-                outcome.seconds += time.perf_counter() - start
-                outcome.tokens += sum(lengths[i] for i in numbers)
-                outcome.epochs = outcome.steps / per_epoch
-                _tell(outcome, plan, loss, norm, rate, observer, log)
-                if outcome.steps >= plan.num_steps or stopped.is_set():
+                parts = _parts(numbers, plan.micro_batch)
+                taken = stepper.step([collate([rows[i] for i in part]) for part in parts])
+                diary.step(taken, sum(lengths[i] for i in numbers), time.perf_counter() - start)
+                if diary.ended or stopped.is_set():
                     break
-            epoch += 1
-            ended = outcome.steps >= plan.num_steps
-            if validate is not None and not stopped.is_set() and (ended or outcome.steps == epoch * per_epoch):
-                _validate(handle, name, outcome, validate, observer, log)
-                model.train()
-        outcome.interrupted = stopped.is_set() and outcome.steps < plan.num_steps
-    model.eval()
+            if validate is not None and (diary.ended or not stopped.is_set()):
+                diary.evaluation(validate())
+            if diary.ended or stopped.is_set():
+                break
+    outcome.interrupted = not diary.ended
     observer.training_ends()
     return outcome
 
 
-class _Run:
-    """One optimizer step over micro-batches."""
+@dataclass(frozen=True)
+class Taken:
+    """One optimizer step: mean loss in nats, the gradient's norm before clipping, the first group's rate."""
 
-    def __init__(
-        self, handle: Handle, name: str, model: nn.Module, optimizer: Any, accelerator: Any, plan: Plan
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.accelerator = accelerator
+    loss: float
+    norm: float
+    rate: float
+
+
+class Stepper:
+    """Takes optimizer steps, each over one or more micro-batches."""
+
+    def __init__(self, handle: Handle, name: str, plan: Plan) -> None:
+        from accelerate import Accelerator
+
         self.plan = plan
         self.method = handle.entry(name).method
         self.updates = handle.updates(name)
         self.parameters = list(handle.parameters(name).values())
+        self.device = next(handle.model.parameters()).device
+        # The model stays where it is and as it is: no device, dtype or forward is changed for it.
+        self.accelerator = Accelerator(device_placement=False, mixed_precision="no")
+        alone = self.accelerator.num_processes == 1
+        self.model: nn.Module = handle.model if alone else self.accelerator.prepare_model(handle.model)
+        self.optimizer = optimizer_for(handle, name, plan)
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.fp16)
         self.count = 0
 
-    def step(self, batches: Sequence[dict[str, Tensor]]) -> tuple[float, float]:
-        """Take one step; return the mean loss and the gradient norm before clipping."""
-        device = self.accelerator.device
-        units = sum(count_units(self.model, batch) for batch in batches)
-        everywhere = int(self.accelerator.reduce(torch.tensor(units, device=device), reduction="sum"))
-        processes = self.accelerator.num_processes
+    def step(self, batches: Sequence[dict[str, Tensor]]) -> Taken:
+        """Take one step on the mean loss over all the batches' rows or supervised tokens.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; the parameters are as before.
+        """
+        self.count += 1
+        factor = schedule(self.count - 1, self.plan.num_steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        loss = self._backward(batches)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.count}. Likely causes: a learning rate that is too high "
+                f"({self.plan.lr:g} here), or fp16 overflow. Try a tenth of it, or dtype 'fp32'."
+            )
+        self.scaler.unscale_(self.optimizer)
+        self.method.before_step(self.updates, self.count)
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.plan.clip_norm))
+        # With fp16 an overflow is expected now and then: the scaler leaves that step out and scales less.
+        if not math.isfinite(norm) and not self.plan.fp16:
+            raise TrainingError(
+                f"the gradient is {norm} at step {self.count}. Try a lower learning rate than {self.plan.lr:g}, "
+                "or dtype 'fp32'."
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(self.updates, self.count)
+        return Taken(loss, norm, float(self.optimizer.param_groups[0]["lr"]))
+
+    def _backward(self, batches: Sequence[dict[str, Tensor]]) -> float:
+        """Add up the gradients of all batches and return their mean loss, penalty included."""
+        units = torch.tensor(sum(count_units(self.model, batch) for batch in batches), device=self.device)
+        everywhere = max(1, int(self.accelerator.reduce(units, reduction="sum")))
         total = 0.0
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
-                    loss, _ = summed_loss(self.model, {k: v.to(device) for k, v in batch.items()})
-                loss = loss * (processes / max(everywhere, 1))
+                loss, _ = summed_loss(self.model, {k: v.to(self.device) for k, v in batch.items()})
+                # Gradients of several processes are averaged, so each counts as many times as there are.
+                loss = loss * (self.accelerator.num_processes / everywhere)
                 if last and (penalty := self.method.penalty(self.updates)) is not None:
                     loss = loss + penalty
-                self.accelerator.backward(loss)
+                self.accelerator.backward(self.scaler.scale(loss))
                 total += float(loss.detach())
-        self.count += 1
-        if not math.isfinite(total):
+        return total
+
+
+class _Diary:
+    """Keeps the outcome while the run goes on, and tells it to whoever watches."""
+
+    def __init__(
+        self,
+        handle: Handle,
+        name: str,
+        num_steps: int,
+        per_epoch: int,
+        observer: Observer,
+        log: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.outcome = Outcome()
+        self.handle = handle
+        self.name = name
+        self.num_steps = num_steps
+        self.per_epoch = per_epoch
+        self.observer = observer
+        self.log = log
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step of the plan is done."""
+        return self.outcome.steps >= self.num_steps
+
+    def step(self, taken: Taken, tokens: int, seconds: float) -> None:
+        """Note a step, its input tokens and its time."""
+        outcome = self.outcome
+        outcome.steps += 1
+        outcome.epochs = outcome.steps / self.per_epoch
+        outcome.tokens += tokens
+        outcome.seconds += seconds
+        speed = outcome.tokens / max(outcome.seconds, 1e-9)
+        step = Step(
+            outcome.steps,
+            self.num_steps,
+            outcome.epochs,
+            taken.loss,
+            taken.rate,
+            taken.norm,
+            speed,
+            outcome.seconds,
+        )
+        self.observer.step(step)
+        self._write({"kind": "train", **{key: value for key, value in vars(step).items() if key != "num_steps"}})
+
+    def evaluation(self, found: Evaluation) -> None:
+        """Note what was measured, and keep the adapter if none was better.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        outcome = self.outcome
+        if not math.isfinite(found.loss):
             raise TrainingError(
-                f"the loss is {total} at step {self.count}. Likely causes: a learning rate that is too high "
-                f"({self.plan.lr:g} here), or fp16 overflow. Try a tenth of it, or dtype 'fp32'."
+                f"the loss on the validation rows is {found.loss} after step {outcome.steps}: the adapter has grown "
+                "beyond all bounds. Try a tenth of the learning rate."
             )
-        self.method.before_step(self.updates, self.count)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.plan.clip_norm))
-        if not math.isfinite(norm) and not self.plan.fp16:
-            raise TrainingError(f"the gradient is {norm} at step {self.count}. Try a lower learning rate, or dtype 'fp32'.")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        best = found.loss < outcome.best_loss
+        if best:
+            outcome.best, outcome.best_step = self.handle.state(self.name), outcome.steps
+            outcome.best_loss = found.loss
+        self.observer.evaluation(outcome.steps, outcome.epochs, found, best)
+        self._write(
+            {
+                "kind": "eval",
+                "step": outcome.steps,
+                "epoch": outcome.epochs,
+                "loss": found.loss,
+                "accuracy": found.accuracy,
+                "perplexity": found.perplexity,
+            }
+        )
 
-
-def _tell(
-    outcome: Outcome,
-    plan: Plan,
-    loss: float,
-    norm: float,
-    rate: float,
-    observer: Observer,
-    log: Callable[[dict[str, Any]], None] | None,
-) -> None:
-    speed = outcome.tokens / max(outcome.seconds, 1e-9)
-    step = Step(outcome.steps, plan.num_steps, outcome.epochs, loss, rate, norm, speed, outcome.seconds)
-    observer.step(step)
-    line = {"kind": "train", **{key: value for key, value in vars(step).items() if key != "num_steps"}}
-    outcome.metrics.append(line)
-    if log is not None:
-        log(line)
-
-
-def _validate(
-    handle: Handle,
-    name: str,
-    outcome: Outcome,
-    validate: Callable[[], Evaluation],
-    observer: Observer,
-    log: Callable[[dict[str, Any]], None] | None,
-) -> None:
-    found = validate()
-    best = found.loss < outcome.best_loss
-    if best:
-        outcome.best, outcome.best_step, outcome.best_loss = handle.state(name), outcome.steps, found.loss
-    observer.evaluation(outcome.steps, outcome.epochs, found, best)
-    line = {
-        "kind": "eval",
-        "step": outcome.steps,
-        "epoch": outcome.epochs,
-        "loss": found.loss,
-        "accuracy": found.accuracy,
-        "perplexity": found.perplexity,
-    }
-    outcome.metrics.append(line)
-    if log is not None:
-        log(line)
+    def _write(self, line: dict[str, Any]) -> None:
+        self.outcome.metrics.append(line)
+        if self.log is not None:
+            self.log(line)
 
 
 def _parts(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -251,8 +299,21 @@ def _parts(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 @contextlib.contextmanager
+def _training(handle: Handle) -> Iterator[None]:
+    """Put the model in training mode, and in evaluation mode afterwards, whatever happens."""
+    handle.model.train()
+    try:
+        yield
+    finally:
+        handle.model.eval()
+
+
+@contextlib.contextmanager
 def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Let the first Ctrl-C (or SIGTERM) set an event, a second one interrupt at once."""
+    """Let the first Ctrl-C (or SIGTERM) set an event, a second one interrupt at once.
+
+    Only the main thread hears of signals; in another one the event stays unset.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -268,4 +329,5 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         yield stopped
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None: a handler that was not set from Python and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

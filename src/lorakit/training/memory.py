@@ -31,7 +31,7 @@ class TensorMemory(TorchDispatchMode):
         """Take tensors as given: they count for nothing, also when an operation returns them."""
         for leaf in tree_leaves(tensors):
             if isinstance(leaf, Tensor):
-                self._known.add(leaf.untyped_storage()._cdata)
+                self._watch(leaf.untyped_storage(), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count new storages among its results."""
@@ -39,18 +39,18 @@ class TensorMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+                self._watch(leaf.untyped_storage(), leaf.untyped_storage().nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _watch(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count a storage that is not known yet, until it is freed (another may have its address then)."""
         key = storage._cdata
         if key in self._known:
             return
         self._known.add(key)
-        size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._gone, key, size).atexit = False
 
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -65,7 +65,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         action()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.max_memory_allocated(device) - before)
     with TensorMemory() as memory:
         action()
     return memory.peak

@@ -11,18 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.errors import ModelError
 from lorakit.records import ClassScore, Evaluation
 from lorakit.training.data.batches import Collator, ordered_batches
 from lorakit.training.data.encode import IGNORED, EncodedRow
 
 
+MOST_ROWS, MOST_TOKENS = 32, 8192
+
+
 def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the model's logits for a collated batch, without letting it compute a loss of its own."""
+    """Return the model's logits for a collated batch, without letting it compute a loss of its own.
+
+    Raises:
+        ModelError: the model has no head, or one for another task.
+    """
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
     if batch["labels"].dim() == 2 and _is_encoder_decoder(model):
         inputs["decoder_input_ids"] = _shifted_right(model, batch["labels"])
-    logits = model(**inputs).logits
-    assert isinstance(logits, Tensor)
+    logits = getattr(model(**inputs), "logits", None)
+    kind = type(_unwrapped(model)).__name__
+    wanted = "one score per class" if batch["labels"].dim() == 1 else "one score per word at every position"
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"{kind} has no logits; this task needs {wanted}. Load the model with the task's head.")
+    if logits.dim() != batch["labels"].dim() + 1:
+        raise ModelError(
+            f"{kind} gives logits of shape {list(logits.shape)}; this task needs {wanted}. "
+            "Load the model with the task's head, or give its name instead."
+        )
     return logits
 
 
@@ -55,9 +71,18 @@ def count_units(model: nn.Module, batch: dict[str, Tensor]) -> int:
     return int((labels if _is_encoder_decoder(model) else labels[:, 1:]).ne(IGNORED).sum())
 
 
+def bounded_batches(rows: Sequence[EncodedRow]) -> list[list[int]]:
+    """Cut rows into batches for a pass without gradients: like lengths together, longest first.
+
+    A batch has at most 32 rows and, for texts' sake (logits are ``[rows, tokens, words]``), 8,192 tokens.
+    """
+    lengths = [len(row.input_ids) for row in rows]
+    return ordered_batches(lengths, max(1, min(MOST_ROWS, MOST_TOKENS // max([1, *lengths]))))
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, rows: Sequence[EncodedRow], collate: Collator, labels: Sequence[str] = (), batch_size: int = 32
+    model: nn.Module, rows: Sequence[EncodedRow], collate: Collator, labels: Sequence[str] = ()
 ) -> Evaluation:
     """Measure a model on rows; its training mode is as it was afterwards.
 
@@ -66,12 +91,11 @@ def evaluate(
         rows: encoded, all of one task.
         collate: makes batches.
         labels: class names, for classification.
-        batch_size: rows at a time.
     """
     total, count, hits, confusion = 0.0, 0, 0, torch.zeros(len(labels), len(labels), dtype=torch.int64)
     device = next(model.parameters()).device
     with evaluating(model):
-        for numbers in ordered_batches([len(row.input_ids) for row in rows], batch_size):
+        for numbers in bounded_batches(rows):
             batch = {key: value.to(device) for key, value in collate([rows[i] for i in numbers]).items()}
             logits, truth = aligned(model, forward(model, batch), batch["labels"])
             total += float(F.cross_entropy(logits.float(), truth, reduction="sum"))

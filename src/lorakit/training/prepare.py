@@ -96,7 +96,9 @@ def prepare(
     encoded, encoded_held = spec.encode(train, detection, base.tokenizer), spec.encode(held, detection, base.tokenizer)
     if detection.task == GENERATION:
         spec = dataclasses.replace(spec, separator=encoded.separator)
-    recipe.say("rows", f"{len(encoded.rows):,} train, {len(encoded_held.rows):,} validation", _split_reason(config, rows))
+    recipe.say(
+        "rows", f"{len(encoded.rows):,} train, {len(encoded_held.rows):,} validation", _split_reason(config, rows)
+    )
     width = int(base.model.config.get_text_config().hidden_size)
     count = sum(parameter.numel() for parameter in base.model.parameters())
     recipes.choose_steps(config, recipe, detection.task, len(encoded.rows), width, count)
@@ -120,7 +122,9 @@ def read_rows(rows: Rows, config: TrainConfig) -> tuple[Table, Table, Detection]
     other = detect_task(held, detection.task)
     check_rows(held, other)
     if other.layout != detection.layout:
-        raise DataError(f"{held.source} has the layout {other.layout}, {train.source} {detection.layout}; give both alike.")
+        raise DataError(
+            f"{held.source} has the layout {other.layout}, {train.source} {detection.layout}; give both alike."
+        )
     return train, held, detection
 
 
@@ -150,7 +154,11 @@ def the_base(
         recipe.device, recipe.dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
         return Base(given, tokenizer, given.config.name_or_path or type(given).__name__, None, ())
     folder = local_folder(str(model))
-    count = sum(tensor.num_elements for tensor in read_header(folder)) if folder is not None and _has_weights(folder) else None
+    count = (
+        sum(tensor.num_elements for tensor in read_header(folder))
+        if folder is not None and _has_weights(folder)
+        else None
+    )
     recipes.choose_dtype(config, recipe, count, machine_bytes())
     return load_base(
         str(folder) if folder is not None else str(model),
@@ -177,7 +185,9 @@ def check_space(output: str | None) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < LEAST_FREE_BYTES:
-        raise TrainingError(f"only {free / 2**20:.0f} MiB are free at '{place}'; a run folder needs 64. Free some space.")
+        raise TrainingError(
+            f"only {free / 2**20:.0f} MiB are free at '{place}'; a run folder needs 64. Free some space."
+        )
 
 
 def resolved(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:

@@ -86,10 +86,14 @@ def choose_length(config: TrainConfig, recipe: Recipe, task: str, context: int) 
     else:
         recipe.max_length = min(context, LONGEST_CLASSIFIED if task == "classification" else 2048)
         full = recipe.max_length == context
-        recipe.say("max_length", recipe.max_length, "the model's context" if full else f"enough; the context is {context:,}")
+        recipe.say(
+            "max_length", recipe.max_length, "the model's context" if full else f"enough; the context is {context:,}"
+        )
 
 
-def choose_steps(config: TrainConfig, recipe: Recipe, task: str, num_rows: int, width: int, num_parameters: int) -> None:
+def choose_steps(
+    config: TrainConfig, recipe: Recipe, task: str, num_rows: int, width: int, num_parameters: int
+) -> None:
     """Decide batch size, epochs, steps and learning rate for ``num_rows`` and a model of this width."""
     _choose_batch(config, recipe, task, num_rows, num_parameters)
     per_epoch = math.ceil(num_rows / recipe.batch_size)
@@ -100,7 +104,9 @@ def choose_steps(config: TrainConfig, recipe: Recipe, task: str, num_rows: int, 
         needed = math.ceil(FEWEST_STEPS[task] / per_epoch)
         recipe.epochs = float(min(max(USUAL_EPOCHS[task], needed), MOST_EPOCHS[task]))
         few = needed > USUAL_EPOCHS[task]
-        recipe.say("epochs", f"{recipe.epochs:g}", f"{num_rows:,} rows are few" if few else f"enough for {num_rows:,} rows")
+        recipe.say(
+            "epochs", f"{recipe.epochs:g}", f"{num_rows:,} rows are few" if few else f"enough for {num_rows:,} rows"
+        )
     recipe.num_steps = max(1, math.ceil(per_epoch * recipe.epochs))
     if config.max_steps is not None and config.max_steps < recipe.num_steps:
         recipe.num_steps = config.max_steps
@@ -112,7 +118,9 @@ def choose_steps(config: TrainConfig, recipe: Recipe, task: str, num_rows: int, 
         recipe.say("lr", f"{recipe.lr:g}", "as asked")
     else:
         recipe.lr = float(f"{LEARNING_RATE * min(1.0, (REFERENCE_WIDTH / width) ** 0.75):.1g}")
-        recipe.say("lr", f"{recipe.lr:g}", f"adapters like some ten times full fine-tuning's; the model is {width:,} wide")
+        recipe.say(
+            "lr", f"{recipe.lr:g}", f"adapters like some ten times full fine-tuning's; the model is {width:,} wide"
+        )
 
 
 def _choose_batch(config: TrainConfig, recipe: Recipe, task: str, num_rows: int, num_parameters: int) -> None:

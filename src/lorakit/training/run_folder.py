@@ -1,16 +1,18 @@
 """The run folder: what a run leaves behind, written so that nothing is lost on the way.
 
-    adapter_config.json, adapter_model.safetensors    the adapter, in PEFT's format
-    config.yaml       every setting, as resolved
-    task.json         task, labels, lengths: what predicting needs
-    run.json          the summary
-    metrics.jsonl     a line per step and per validation
-    chat_template.jinja   the base's, if it has one
+adapter_config.json, adapter_model.safetensors    the adapter, in PEFT's format
+config.yaml       every setting, as resolved
+task.json         task, labels, lengths: what predicting needs
+run.json          the summary
+metrics.jsonl     a line per step and per validation
+chat_template.jinja   the base's, if it has one
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ from lorakit.training.config import write_config
 from lorakit.training.spec import TaskSpec
 
 OWN_FILES = ("run.json", "config.yaml", "adapter_config.json", "metrics.jsonl")
+PARTS = (*OWN_FILES, "adapter_model.safetensors", "task.json", "chat_template.jinja")
 
 
 class RunFolder:
@@ -40,16 +43,25 @@ class RunFolder:
         """Check the place; nothing is written yet.
 
         Raises:
-            RunFolderError: it exists (and ``force`` is not set, or it is no run folder).
+            RunFolderError: it exists (and ``force`` is not set, or it is no run folder), or nothing can be made there.
         """
         self.path = Path(path).expanduser()
+        self.force = force
         self._old: Path | None = None
         self._log: IO[str] | None = None
+        self._begun = self._saved = False
+        self._check()
+
+    def _check(self) -> None:
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise RunFolderError(f"'{self.path}' is a file or a link, not a folder. Choose another --output.")
+        place = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            problem = "may not be written to by this user" if place.is_dir() else "is a file, not a folder"
+            raise RunFolderError(f"'{self.path}' cannot be made: '{place}' {problem}. Choose another --output.")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not force:
+        if not self.force:
             raise RunFolderError(
                 f"run folder '{self.path}' exists already. Choose another --output, or replace it with --force."
             )
@@ -59,10 +71,18 @@ class RunFolder:
             )
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Make the folder and start its metrics; an old run is set aside until the new one is saved."""
+        """Make the folder and start its metrics; an old run is set aside until the new one is saved.
+
+        Raises:
+            RunFolderError: meanwhile something else has been written there.
+            TrainingError: the disk is full.
+        """
+        self._check()
         if self.path.exists() and any(self.path.iterdir()):
-            self._old = Path(tempfile.mkdtemp(prefix=f"{self.path.name}.old-", dir=self.path.parent)) / self.path.name
-            self.path.rename(self._old)
+            aside = Path(tempfile.mkdtemp(prefix=f"{self.path.name}.old-", dir=self.path.parent)) / self.path.name
+            self.path.rename(aside)
+            self._old = aside
+        self._begun = True
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", write_config(config))
         self._log = (self.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
@@ -95,13 +115,11 @@ class RunFolder:
             write_adapter(state, self.path, format, force=True)
             write_json(self.path / "task.json", to_json(spec))
         except TrainingError as error:
-            rescue = Path(tempfile.mkdtemp(prefix="lorakit-rescued-"))
-            try:
-                write_adapter(state, rescue, format)
-            except (TrainingError, OSError):
-                shutil.rmtree(rescue, ignore_errors=True)
-                raise error from None
+            rescue = _rescued(state, format)
+            if rescue is None:
+                raise
             raise TrainingError(f"{error} The adapter itself was saved whole in '{rescue}' instead.") from error
+        self._saved = True
         return self.path
 
     def finish(self, summary: RunSummary, chat_template: str | None) -> None:
@@ -109,30 +127,42 @@ class RunFolder:
         if chat_template:
             write_text(self.path / "chat_template.jinja", chat_template)
         write_json(self.path / "run.json", to_json(summary))
-        self.close()
-        if self._old is not None:
-            shutil.rmtree(self._old.parent, ignore_errors=True)
-            self._old = None
+        self.end()
 
-    def abandon(self) -> None:
-        """Undo :meth:`begin` where nothing was saved: a replaced run comes back."""
+    def end(self) -> None:
+        """Let go of a replaced run once the adapter is saved; without one undo :meth:`begin`, and it comes back."""
         self.close()
-        saved = (self.path / "adapter_model.safetensors").is_file()
-        if saved or not self.path.is_dir():
-            return
-        for name in ("config.yaml", "metrics.jsonl", "task.json"):
-            (self.path / name).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
-            self.path.rmdir()
-        if self._old is not None and not self.path.exists():
-            self._old.rename(self.path)
+        if self._begun and not self._saved:
+            for name in PARTS:
+                (self.path / name).unlink(missing_ok=True)
+            if self.path.is_dir() and not any(self.path.iterdir()):
+                self.path.rmdir()
+            if self._old is not None and not self.path.exists():
+                self._old.rename(self.path)
+        # What could not come back because something stands in its place stays where it was set aside.
+        if self._old is not None and (self._saved or not self._old.exists()):
             shutil.rmtree(self._old.parent, ignore_errors=True)
+        self._begun = False
 
     def close(self) -> None:
         """Close the metrics file."""
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # a full disk has been told of by :meth:`log`
+                self._log.close()
             self._log = None
+
+
+def _rescued(state: AdapterState, format: PeftFormat) -> Path | None:
+    """Save an adapter in a new folder among the system's temporary files; None where that is full too."""
+    rescue: Path | None = None
+    try:
+        rescue = Path(tempfile.mkdtemp(prefix="lorakit-rescued-"))
+        write_adapter(state, rescue, format)
+    except (TrainingError, OSError):
+        if rescue is not None:
+            shutil.rmtree(rescue, ignore_errors=True)
+        return None
+    return rescue
 
 
 def read_summary(folder: str | Path) -> RunSummary:

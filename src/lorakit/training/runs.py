@@ -191,7 +191,9 @@ def check_adapter_folder(folder: Path) -> None:
         beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise RunFolderError(f"there is no run folder '{folder}'.{did_you_mean(folder.name, beside)}")
     if not (folder / "adapter_config.json").is_file():
-        hint = " It is a model; give the folder that `lorakit train` wrote." if (folder / "config.json").is_file() else ""
+        hint = (
+            " It is a model; give the folder that `lorakit train` wrote." if (folder / "config.json").is_file() else ""
+        )
         raise RunFolderError(f"'{folder}' has no adapter (no adapter_config.json).{hint}")
 
 

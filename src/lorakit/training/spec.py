@@ -75,4 +75,3 @@ class TaskSpec:
         if not isinstance(pad, int):
             raise DataError("the tokenizer has no padding token, so rows cannot share a batch.")
         return Collator(pad, encoder_decoder=self.encoder_decoder, max_length=self.max_length)
-
