@@ -76,6 +76,21 @@ def _distilbert() -> nn.Module:
     return DistilBertForSequenceClassification(config).eval()
 
 
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+    )
+    return ViTForImageClassification(config).eval()
+
+
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "llama": _llama,
     "gpt2": _gpt2,
@@ -83,6 +98,7 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "roberta": _roberta,
     "t5": _t5,
     "distilbert": _distilbert,
+    "vit": _vit,
 }
 
 

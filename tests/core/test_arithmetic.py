@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapters import Handle
-from tests.core.models import KINDS, OneLayer, one_layer
+
+from .models import KINDS, OneLayer, one_layer
 
 # Sizes ----------------------------------------------------------------------------------------------
 

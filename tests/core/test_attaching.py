@@ -12,7 +12,8 @@ from torch import nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.errors import AdapterError, LorakitError
-from tests.core.models import METHODS, OneLayer, Tower, fill_with_noise, method_named, tokens_for
+
+from .models import METHODS, Tower, fill_with_noise, method_named, tokens_for
 
 Build = Callable[..., nn.Module]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.layers import Site
-from tests.core.models import (
+
+from .models import (
     ALPHA,
     KINDS,
     METHODS,
@@ -166,6 +167,7 @@ def test_the_whole_is_one_graph(method: str, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 @cells
 def test_inductor_computes_the_same(method: str, kind: str) -> None:
     model, _, x = trained(method, kind)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapters import Handle
-from tests.core.models import Tower, fill_with_noise, tokens_for, train_some_steps
+
+from .models import Tower, fill_with_noise, tokens_for, train_some_steps
 
 Build = Callable[..., nn.Module]
 

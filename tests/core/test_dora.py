@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.layers import Site
-from tests.core.models import KINDS, OneLayer, fill_with_noise, one_layer
+
+from .models import KINDS, OneLayer, fill_with_noise, one_layer
 
 # The factors' norm and the row scale are fp32: a few ulps of 1.2e-7.
 FP32_NORM = 1e-6

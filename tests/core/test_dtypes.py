@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.layers import Site
-from tests.core.models import (
+
+from .models import (
     KINDS,
     METHODS,
     ROWS,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.errors import ConfigError, RoutingError, TargetError, UnsupportedLayerError
-from tests.core.models import OneLayer, Tower, fill_with_noise, tokens_for, train_some_steps
+
+from .models import OneLayer, Tower, fill_with_noise, tokens_for, train_some_steps
 
 Build = Callable[..., nn.Module]
 SUM_ORDER = 5e-5  # fp32 sums in another order, values of order 1 to 10

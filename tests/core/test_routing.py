@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.errors import AdapterError, MergeError, RoutingError
-from tests.core.models import Tower, fill_with_noise, tokens_for
+
+from .models import Tower, fill_with_noise, tokens_for
 
 Build = Callable[..., nn.Module]
 # The base's own matmul sums in another order for another batch shape: some ulps of values of order 1 to 10.

@@ -10,7 +10,8 @@ import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.errors import AdapterError
 from lorakit.layers import Site
-from tests.core.models import KINDS, METHODS, ROWS, Tower, fill_with_noise, method_named, one_layer, tokens_for
+
+from .models import KINDS, METHODS, ROWS, Tower, fill_with_noise, method_named, one_layer, tokens_for
 
 # Sums of the same fp32 terms in another order, see test_contract.
 SUM_ORDER = 2e-5
@@ -162,7 +163,7 @@ def test_an_adapter_that_is_not_trainable_gets_no_gradients(pair: tuple[Tower, H
 
 
 def test_counts_are_the_numbers_that_are_there(pair: tuple[Tower, Handle, Tensor]) -> None:
-    model, handle, _ = pair
+    _, handle, _ = pair
     a, b = handle.counts("a"), handle.counts("b")
     # a: rank 3 on two blocks (8 x 16 and 16 x 8) and the head (13 x 8); b: rank 2 with magnitudes on up and embed
     assert a.trained == 2 * 2 * 3 * (8 + 16) + 3 * (13 + 8)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters.targets import coverage, find_sites, shortest_names
 from lorakit.errors import TargetError, UnsupportedLayerError
-from tests.core.models import OneLayer, Tower
+
+from .models import OneLayer, Tower
 
 Build = Callable[..., nn.Module]
 
@@ -193,7 +194,7 @@ def test_a_subclass_that_inherits_the_forward_is_covered() -> None:
 @pytest.mark.parametrize("targets", ["out_proj", "part.out_proj", "*out_proj", "all-linear"])
 def test_the_projection_that_multihead_attention_reads_itself_is_refused(targets: str) -> None:
     model = nn.ModuleDict({"part": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(UnsupportedLayerError, match="'part.out_proj' belongs to a MultiheadAttention"):
+    with pytest.raises(UnsupportedLayerError, match=r"'part\.out_proj' belongs to a MultiheadAttention"):
         paths(model, targets)
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import lorakit as lk
 from lorakit.errors import VerificationError
-from tests.core.models import METHODS, Tower, fill_with_noise, method_named, tokens_for
+
+from .models import METHODS, Tower, fill_with_noise, method_named, tokens_for
 
 Build = Callable[..., nn.Module]
 

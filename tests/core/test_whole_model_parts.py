@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.errors import AdapterError, MergeError, ShapeError, UnsupportedLayerError
-from tests.core.models import SoftPrompt, Tower, fill_with_noise, tokens_for, train_some_steps
+
+from .models import SoftPrompt, Tower, fill_with_noise, tokens_for, train_some_steps
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_step_0_is_unchanged_and_training_moves_the_output_not_the_base(
 
 
 def test_only_its_vector_gets_a_gradient(prompted: tuple[Tower, Handle, Tensor]) -> None:
-    model, handle, tokens = prompted
+    model, _, tokens = prompted
     model(tokens).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["lorakit.prompt.prompt.vector"]
 

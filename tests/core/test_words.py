@@ -9,7 +9,8 @@ from torch import nn
 
 from lorakit.adapters.targets import coverage, find_sites, head_paths
 from lorakit.errors import TargetError
-from tests.core.models import Tower
+
+from .models import Tower
 
 Build = Callable[..., nn.Module]
 

@@ -3,7 +3,8 @@
 ``torch.utils.checkpoint(use_reentrant=True)`` builds a graph only where an input of the block requires
 gradients. With the base frozen the first block's input does not, and every adapter inside checkpointed
 blocks would stay without gradient. Where a transformers model has checkpointing switched on, the output
-of each input embedding is therefore made to require gradients while training.
+of each input embedding is therefore made to require gradients while training. (transformers does so by
+itself for models that read token ids, not for those that read pixels or sound.)
 """
 
 from __future__ import annotations

@@ -226,6 +226,11 @@ def attach(
 ) -> Handle:
     """Attach a new adapter to ``model`` (changed in place; no base weight is written) and return the handle.
 
+    >>> model = nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+    >>> handle = attach(model, {"name": "lora", "rank": 10}, targets="0")
+    >>> handle.counts().updates  # 10 * (100 + 100) instead of 100 * 100
+    2000
+
     Args:
         model: any ``nn.Module``; its parameters stop requiring gradients until :meth:`Handle.detach`.
         method: a method, such as ``LoRA(rank=8)``, or its name.

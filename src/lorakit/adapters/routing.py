@@ -87,5 +87,6 @@ class Routing:
         unit = "rows" if self.index.dim() == 1 else "rows x positions"
         raise RoutingError(
             f"a route for {asked} {unit} meets a layer whose input has {found} positions: "
-            "whose they are cannot be told. Give one adapter per position of the batch, or one per row with inputs that keep the batch first."
+            "whose they are cannot be told. Give one adapter per position of the batch, or one per row with "
+            "inputs that keep the batch first."
         )

@@ -17,6 +17,9 @@ from lorakit.records import LayerSpectrum
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
     """Return the singular values of ``B A``, largest first.
 
+    >>> [round(v, 4) for v in singular_values(torch.eye(2, 5), 3.0 * torch.eye(4, 2)).tolist()]
+    [3.0, 3.0]
+
     Args:
         A: ``[rank, d_in]``.
         B: ``[d_out, rank]``.

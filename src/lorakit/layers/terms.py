@@ -22,6 +22,10 @@ from lorakit.layers.ops import LayerOps
 class Terms:
     """One layer's update.
 
+    >>> terms = Terms(A=torch.tensor([[0.1, -0.2]]), B=torch.tensor([[0.3], [-0.4], [0.5]]), scale=2.0)
+    >>> terms.delta(torch.zeros(3, 2)).shape
+    torch.Size([3, 2])
+
     Attributes:
         A: down factor, ``[rank, d_in]``; None for an update of the bias alone.
         B: up factor, ``[d_out, rank]``.

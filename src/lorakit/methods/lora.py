@@ -75,6 +75,11 @@ class LowRankUpdate(Update):
 class LoRA(Method):
     """Plain LoRA and rsLoRA.
 
+    >>> LoRA(rank=4, alpha=8).scale_at("model.layers.0.self_attn.q_proj")
+    2.0
+    >>> LoRA(rank=4, alpha=8, scaling="rslora", rank_pattern={"q_proj": 16}).scale_at("layers.0.q_proj")
+    2.0
+
     Attributes:
         rank: columns of B and rows of A.
         alpha: strength; the factor is ``alpha / rank``, or ``alpha / sqrt(rank)`` with 'rslora'.
