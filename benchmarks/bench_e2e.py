@@ -109,7 +109,7 @@ def same_losses(shared: Path, num_steps: int) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
             rates.step()
-            found.append(float(loss))
+            found.append(float(loss.detach()))
             if len(found) == num_steps:
                 break
         epoch += 1

@@ -112,7 +112,7 @@ def make_step(model: Any, parameters: list[Any], case: dict[str, Any]) -> tuple[
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     return step, optimizer
 

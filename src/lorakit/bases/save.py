@@ -84,9 +84,11 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
         model.save_pretrained(folder, state_dict=plain if len(plain) < len(state) else None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    for file in folder.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 def _take_name(part: Path, target: Path) -> None:

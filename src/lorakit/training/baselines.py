@@ -58,7 +58,7 @@ def linear_probe(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         logits = F.linear((held_x - mean) / deviation, weight, bias)
         loss = float(F.cross_entropy(logits, truth))

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from lorakit.errors import ConfigError
-from lorakit.methods import Method, find_method
+from lorakit.errors import ConfigError, did_you_mean
+from lorakit.methods import Method, find_method, method_names
 from lorakit.settings import Settings
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -67,6 +67,25 @@ class TrainConfig(Settings):
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("method", mode="after")
+    @classmethod
+    def _known_method(cls, value: Any) -> Any:
+        """Refuse an unknown method together with whatever else is wrong."""
+        name = value if isinstance(value, str) else str(value.get("name", ""))
+        if name.lower() not in [known.lower() for known in method_names()]:
+            near = did_you_mean(name, method_names())
+            raise ValueError(f"no method '{name}'.{near} Known: {', '.join(method_names())}")
+        return value
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share_or_file(cls, value: Any) -> Any:
+        if isinstance(value, (str, Path)):
+            return str(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise ValueError("give a share of the rows between 0 and 1, or a file")
+        return value
 
     def resolved_method(self) -> Method:
         """Return the method with the shorthands applied.

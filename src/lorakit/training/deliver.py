@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.adapters.identity import base_buffers, base_parameters
 from lorakit.bases import check_free, describe_model, load_base, save_model
 from lorakit.bases.source import local_folder
-from lorakit.errors import MergeToleranceError
+from lorakit.errors import ConfigError, MergeToleranceError, RunFolderError, did_you_mean, quoted
 from lorakit.training.objectives import evaluating
 from lorakit.training.proof import tolerance
 from lorakit.training.runs import Run, open_run
@@ -76,9 +77,13 @@ def merge_run(
         MergeToleranceError: merged and unmerged outputs differ by more than the bound; nothing is written.
         RunFolderError: the output exists.
     """
+    if dtype not in ("auto", *_TORCH):
+        raise ConfigError(f"unknown dtype '{dtype}'.{did_you_mean(dtype, _TORCH)} Known: {quoted(['auto', *_TORCH])}.")
     check_free(output, force)
     run = open_run(folder, base, device="cpu", dtype="fp32", trust_remote_code=trust_remote_code)
     model: Any = run.base.model
+    if Path(output).expanduser().resolve() == Path(run.base.name).expanduser().resolve():
+        raise RunFolderError(f"'{output}' is the base itself, which the adapter goes on needing. Give another folder.")
     stored = stored_dtype(run.base.name) if dtype == "auto" else dtype
     inputs = probe_inputs(run)
     unmerged = logits_of(model, inputs)
@@ -93,7 +98,7 @@ def merge_run(
     run.handle.bake()
     if merged.untied:
         model.config.tie_word_embeddings = False
-    model.to(_TORCH[stored])
+    _round_stored(model, _TORCH[stored])
     rounded = logits_of(model, inputs)
     kl, top1 = divergence(found, rounded)
     written = save_model(model, run.base.tokenizer, output, force=force)
@@ -110,6 +115,13 @@ def merge_run(
     )
 
 
+def _round_stored(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round in place what a checkpoint holds; other buffers (positions' frequencies) stay in fp32."""
+    for _, tensor in [*base_parameters(model), *base_buffers(model)]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
 def stored_dtype(name: str) -> str:
     """Return the dtype most of a checkpoint's numbers are stored in; 'fp32' where it cannot be told."""
     folder = local_folder(name)
@@ -122,6 +134,10 @@ def probe_inputs(run: Run) -> dict[str, Tensor]:
     vocabulary = int(model.config.get_text_config().vocab_size)
     length = max(2, min(PROBE_LENGTH, run.spec.max_length))
     ids = torch.randint(vocabulary, (PROBE_ROWS, length), generator=torch.Generator().manual_seed(0))
+    end = model.config.eos_token_id
+    if isinstance(end, int):  # some classifiers read what is at the one end of sequence
+        ids = torch.where(ids == end, (end + 1) % vocabulary, ids)
+        ids[:, -1] = end
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if run.spec.encoder_decoder:
         inputs["decoder_input_ids"] = ids

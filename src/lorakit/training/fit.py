@@ -15,10 +15,12 @@ from torch import nn
 from lorakit.adapters import AdapterState, Handle, attach
 from lorakit.adapters.spectrum import spectra
 from lorakit.bases import Base
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, TrainingError
+from lorakit.files import is_disk_full
 from lorakit.records import Evaluation, RunSummary
 from lorakit.training import baselines, recipe, samples
 from lorakit.training.config import TrainConfig
+from lorakit.training.data.encode import EncodedRow
 from lorakit.training.loop import Outcome, Plan, train
 from lorakit.training.memory import peak_bytes
 from lorakit.training.objectives import evaluate, summed_loss
@@ -63,7 +65,8 @@ class _Before:
     evaluation: Evaluation
     majority: Evaluation | None
     probe: Evaluation | None
-    samples: samples.Answers
+    asked: tuple[EncodedRow, ...]
+    answers: samples.Answers
 
 
 def fit(
@@ -138,7 +141,13 @@ def _run(
         folder.begin(resolved(config, prepared))
     memory = _memory(prepared, handle)
     observer.stage("training")
-    outcome = _train(prepared, config, handle, observer, folder)
+    try:
+        outcome = _train(prepared, config, handle, observer, folder)
+    except TrainingError as error:
+        if folder is None or error.__cause__ is None or not is_disk_full(error.__cause__):
+            raise
+        place = folder.save_adapter(_named(handle, base), spec, base.revision)
+        raise TrainingError(f"{error} The adapter so far was saved whole in '{place}'.") from error
     if outcome.best is not None and not outcome.interrupted and outcome.best_step != outcome.steps:
         handle.set_state(outcome.best, ADAPTER)
         prepared.notes.append(f"Kept the adapter of step {outcome.best_step:,}, the best on the validation rows.")
@@ -180,8 +189,9 @@ def _measure_before(prepared: Prepared, handle: Handle, reference: Reference, ob
             majority = baselines.majority(prepared.train, prepared.held, spec.labels)
             observer.stage("fitting a linear probe on the frozen base")
             probe = baselines.linear_probe(base.model, prepared.train, prepared.held, collate, spec.labels)
-        answers = samples.answer(base.model, base.tokenizer, spec, prepared.held)
-    return _Before(reference, evaluation, majority, probe, answers)
+        asked = samples.questions(base.tokenizer, spec, prepared.held)
+        answers = samples.answer(base.model, base.tokenizer, spec, asked)
+    return _Before(reference, evaluation, majority, probe, asked, answers)
 
 
 def _memory(prepared: Prepared, handle: Handle) -> int:
@@ -199,7 +209,7 @@ def _memory(prepared: Prepared, handle: Handle) -> int:
     with _own_generators(device):
         model.train()
         peak = peak_bytes(step, device)
-        model.eval()
+        model.train(False)
     for parameter in parameters:
         parameter.grad = None
     # The adapter itself, and AdamW's two moments; the gradients are among what the step has made.
@@ -255,7 +265,7 @@ def _summarise(
     collate = spec.collator(base.tokenizer)
     observer.stage("measuring the adapted model")
     after = evaluate(base.model, prepared.held, collate, spec.labels)
-    answers = samples.answer(base.model, base.tokenizer, spec, prepared.held)
+    answers = samples.answer(base.model, base.tokenizer, spec, before.asked)
     observer.stage("proving that the base is untouched and that merging changes nothing")
     proof = prove(handle, before.reference, prepared.held, collate)
     counts = handle.counts(ADAPTER)
@@ -284,7 +294,7 @@ def _summarise(
         num_epochs=outcome.epochs,
         finished=not outcome.interrupted,
         choices=tuple(prepared.recipe.choices),
-        samples=samples.paired(before.samples, answers, base.tokenizer, spec, prepared.held),
+        samples=samples.paired(before.answers, answers, before.asked, spec),
         spectra=spectra(handle, ADAPTER),
         notes=tuple(prepared.notes),
         proof=proof,
@@ -293,4 +303,7 @@ def _summarise(
 
 
 def _named(handle: Handle, base: Base) -> AdapterState:
-    return dataclasses.replace(handle.state(ADAPTER), base_name=base.name)
+    # A run folder is used from anywhere: a relative place would be another one there.
+    folder = Path(base.name).expanduser()
+    name = str(folder.absolute()) if folder.is_dir() else base.name
+    return dataclasses.replace(handle.state(ADAPTER), base_name=name)

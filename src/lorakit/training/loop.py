@@ -24,7 +24,7 @@ from lorakit.errors import TrainingError
 from lorakit.records import Evaluation
 from lorakit.training.data.batches import BatchOrder, Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import count_units, summed_loss
+from lorakit.training.objectives import count_units, goodness, summed_loss
 from lorakit.training.observe import Observer, Step
 
 WARMUP_SHARE = 0.06
@@ -59,7 +59,8 @@ class Outcome:
     Attributes:
         steps: optimizer steps taken; ``epochs`` passes over the rows.
         seconds, tokens: training time without validation, and input tokens in it.
-        best: the adapter with the lowest validation loss, and ``best_step`` where it was; None if not measured.
+        best: the adapter that was best on the validation rows, ``best_step`` where it was, and ``best_measure`` what
+            was measured there; None if nothing was measured.
         interrupted: ended by Ctrl-C.
         metrics: lines for ``metrics.jsonl``.
     """
@@ -70,7 +71,7 @@ class Outcome:
     tokens: int = 0
     best: AdapterState | None = None
     best_step: int = 0
-    best_loss: float = math.inf
+    best_measure: Evaluation | None = None
     interrupted: bool = False
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
@@ -103,7 +104,8 @@ def train(
     """Train the adapter ``name`` in place; the model is in evaluation mode afterwards.
 
     Args:
-        handle, name: which adapter; it must be the one that acts.
+        handle: the adapters on the model.
+        name: which of them; it must be the one that acts.
         rows: encoded training rows.
         collate: makes batches.
         plan: how long and how fast.
@@ -272,10 +274,10 @@ class _Diary:
                 f"the loss on the validation rows is {found.loss} after step {outcome.steps}: the adapter has grown "
                 "beyond all bounds. Try a tenth of the learning rate."
             )
-        best = found.loss < outcome.best_loss
+        best = outcome.best_measure is None or goodness(found) > goodness(outcome.best_measure)
         if best:
             outcome.best, outcome.best_step = self.handle.state(self.name), outcome.steps
-            outcome.best_loss = found.loss
+            outcome.best_measure = found
         self.observer.evaluation(outcome.steps, outcome.epochs, found, best)
         self._write(
             {

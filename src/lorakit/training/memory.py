@@ -66,7 +66,8 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         action()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    with TensorMemory() as memory:
+    memory = TensorMemory()
+    with memory:
         action()
     return memory.peak
 

@@ -16,7 +16,6 @@ from lorakit.records import ClassScore, Evaluation
 from lorakit.training.data.batches import Collator, ordered_batches
 from lorakit.training.data.encode import IGNORED, EncodedRow
 
-
 MOST_ROWS, MOST_TOKENS = 32, 8192
 
 
@@ -81,9 +80,7 @@ def bounded_batches(rows: Sequence[EncodedRow]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, rows: Sequence[EncodedRow], collate: Collator, labels: Sequence[str] = ()
-) -> Evaluation:
+def evaluate(model: nn.Module, rows: Sequence[EncodedRow], collate: Collator, labels: Sequence[str] = ()) -> Evaluation:
     """Measure a model on rows; its training mode is as it was afterwards.
 
     Args:
@@ -110,6 +107,12 @@ def evaluate(
         return scored(confusion.tolist(), labels, loss)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(loss, len(rows), num_tokens=count, perplexity=perplexity, accuracy=hits / max(count, 1))
+
+
+def goodness(evaluation: Evaluation) -> tuple[float, float]:
+    """Return what two measurements are compared by, more is better: a classifier's accuracy, then the loss."""
+    accuracy = evaluation.accuracy if evaluation.classes else None
+    return accuracy or 0.0, -evaluation.loss
 
 
 def scored(confusion: Sequence[Sequence[int]], labels: Sequence[str], loss: float) -> Evaluation:

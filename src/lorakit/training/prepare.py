@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorakit.bases import Base, context_length, is_chat_model, load_base, model_kind
+from lorakit.adapters import handle_of
+from lorakit.bases import DTYPES, Base, context_length, is_chat_model, load_base, model_kind
 from lorakit.bases.header import read_header
-from lorakit.bases.source import local_folder
-from lorakit.errors import ConfigError, DataError, TrainingError
+from lorakit.bases.source import check_folder, config_values, local_folder
+from lorakit.bases.tokenizer import ensure_padding
+from lorakit.errors import AdapterError, ConfigError, DataError, ModelError, TrainingError, quoted
 from lorakit.methods import Method
+from lorakit.text.supervise import SEPARATOR
 from lorakit.training import recipe as recipes
 from lorakit.training.config import TrainConfig
-from lorakit.training.data.detect import check_rows, detect_task
+from lorakit.training.data.detect import detect_task
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.data.layouts import CLASSIFICATION, GENERATION, Detection
 from lorakit.training.data.read import read_splits, read_table, table_from_rows
 from lorakit.training.data.split import label_names, split_rows
-from lorakit.training.data.table import Table
+from lorakit.training.data.table import Row, Table
 from lorakit.training.memory import machine_bytes
 from lorakit.training.observe import Observer
 from lorakit.training.recipe import Recipe
@@ -78,8 +81,8 @@ def prepare(
     train, held, detection = read_rows(rows, config)
     recipe.say("task", detection.task, "as asked" if config.task else detection.reason)
     labels = label_names({"train": train, "validation": held}, detection) if detection.task == CLASSIFICATION else ()
-    recipes.choose_device(config, recipe)
     observer.stage("loading the model")
+    labels = in_model_order(labels, model, config.revision) if labels else ()
     base = the_base(model, tokenizer, detection.task, labels, config, recipe)
     context = context_length(base.model, base.tokenizer)
     recipes.choose_length(config, recipe, detection.task, context)
@@ -90,15 +93,15 @@ def prepare(
         max_length=recipe.max_length,
         chat=writes and (detection.layout == "messages" or is_chat_model(base.tokenizer, base.model)),
         encoder_decoder=writes and model_kind(base.model.config) == "encoder-decoder",
+        separator=SEPARATOR if writes else "",
         layout=detection.layout,
     )
     observer.stage("encoding the rows")
     encoded, encoded_held = spec.encode(train, detection, base.tokenizer), spec.encode(held, detection, base.tokenizer)
     if detection.task == GENERATION:
         spec = dataclasses.replace(spec, separator=encoded.separator)
-    recipe.say(
-        "rows", f"{len(encoded.rows):,} train, {len(encoded_held.rows):,} validation", _split_reason(config, rows)
-    )
+    counted = f"{len(encoded.rows):,} train, {len(encoded_held.rows):,} validation"
+    recipe.say("rows", counted, _split_reason(config, parted=held.source == train.source))
     width = int(base.model.config.get_text_config().hidden_size)
     count = sum(parameter.numel() for parameter in base.model.parameters())
     recipes.choose_steps(config, recipe, detection.task, len(encoded.rows), width, count)
@@ -107,11 +110,14 @@ def prepare(
 
 
 def read_rows(rows: Rows, config: TrainConfig) -> tuple[Table, Table, Detection]:
-    """Return training rows, validation rows, and what they are examples of."""
+    """Return training rows, validation rows, and what they are examples of.
+
+    Raises:
+        DataError: rows are wrong, or those to validate on have another layout.
+    """
     tables = read_splits(rows) if isinstance(rows, (str, Path)) else {"train": table_from_rows(rows)}
     train = tables["train"]
     detection = detect_task(train, config.task)
-    check_rows(train, detection)
     if isinstance(config.validation, str):
         held = read_table(config.validation)
     elif "validation" in tables:
@@ -120,12 +126,39 @@ def read_rows(rows: Rows, config: TrainConfig) -> tuple[Table, Table, Detection]
         parted, held = split_rows(train, detection, config.validation, config.seed)
         return parted, held, detection
     other = detect_task(held, detection.task)
-    check_rows(held, other)
     if other.layout != detection.layout:
         raise DataError(
             f"{held.source} has the layout {other.layout}, {train.source} {detection.layout}; give both alike."
         )
-    return train, held, detection
+    more = [other.columns[name] for name in other.columns if name not in detection.columns]
+    if more:
+        raise DataError(f"{held.source} has {quoted(more)} too, which {train.source} lacks; give both alike.")
+    return train, _renamed(held, other, detection), detection
+
+
+def _renamed(table: Table, own: Detection, wanted: Detection) -> Table:
+    """Return the rows with their columns called as in the table that ``wanted`` was read off."""
+    if own.columns == wanted.columns:
+        return table
+    rows = (
+        Row(row.number, {wanted.columns[n]: row.fields.get(c) for n, c in own.columns.items()}) for row in table.rows
+    )
+    return Table(table.source, tuple(rows), table.unit)
+
+
+def in_model_order(labels: tuple[str, ...], model: str | Path | nn.Module, revision: str | None) -> tuple[str, ...]:
+    """Return the classes in the order of the model's own head, if it has one for exactly these classes."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, nn.Module):
+        named = model.config.id2label if isinstance(model, PreTrainedModel) else None
+    else:
+        folder = local_folder(str(model))
+        if folder is not None:
+            check_folder(folder)
+        named = config_values(str(folder or model), revision).get("id2label")
+    own = tuple(str(name) for _, name in sorted((int(number), name) for number, name in (named or {}).items()))
+    return own if sorted(own) == sorted(labels) else labels
 
 
 def the_base(
@@ -139,20 +172,15 @@ def the_base(
     """Load the base by name, or take the model that was given.
 
     Raises:
-        ConfigError: a model object without a tokenizer.
+        ConfigError: a model object without a tokenizer, or with settings for loading one.
+        ModelError: a model that cannot be loaded, or not be used for this task.
+        AdapterError: a model object that has adapters already.
     """
     if isinstance(model, nn.Module):
-        given: Any = model
-        if tokenizer is None:
-            raise ConfigError("a model object needs its tokenizer too: fit(model, rows, tokenizer=...).")
-        if task == CLASSIFICATION and given.config.num_labels != len(labels):
-            raise ConfigError(
-                f"the model has {given.config.num_labels} classes, the rows {len(labels)}: {', '.join(labels)}. "
-                "Load it with num_labels to match, or give its name instead."
-            )
-        parameter = next(given.parameters())
-        recipe.device, recipe.dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
-        return Base(given, tokenizer, given.config.name_or_path or type(given).__name__, None, ())
+        return _given_base(model, tokenizer, task, labels, config, recipe)
+    if tokenizer is not None:
+        raise ConfigError(f"a tokenizer was given, but '{model}' is loaded with its own. Leave it out.")
+    recipes.choose_device(config, recipe)
     folder = local_folder(str(model))
     count = (
         sum(tensor.num_elements for tensor in read_header(folder))
@@ -170,6 +198,53 @@ def the_base(
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
     )
+
+
+def _given_base(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: str,
+    labels: tuple[str, ...],
+    config: TrainConfig,
+    recipe: Recipe,
+) -> Base:
+    """Take a model object as it is; only a missing padding token is set, as loading by name does."""
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"fit takes the name of a model or a transformers model, not a {kind}. For any other torch model: "
+            "lorakit.attach(model, ...), and a training loop of your own."
+        )
+    if tokenizer is None:
+        raise ConfigError("a model object needs its tokenizer too: fit(model, rows, tokenizer=...).")
+    asked = [name for name in ("device", "dtype") if getattr(config, name) != "auto"]
+    asked += ["revision"] if config.revision is not None else []
+    if asked:
+        raise ConfigError(
+            f"{quoted(asked)} cannot be set for a model object: it stays as it is. Give its name instead."
+        )
+    existing = handle_of(model)
+    if existing is not None:
+        raise AdapterError(
+            f"the model has adapters already: {quoted(existing.names)}. Remove them first with "
+            "lorakit.handle_of(model).detach(), or give the model's name instead."
+        )
+    if task == CLASSIFICATION and model.config.num_labels != len(labels):
+        raise ConfigError(
+            f"the model has {model.config.num_labels} classes, the rows {len(labels)}: {', '.join(labels)}. "
+            "Load it with num_labels to match, or give its name instead."
+        )
+    if task != CLASSIFICATION and model_kind(model.config) == "encoder":
+        raise ModelError(f"{kind} is an encoder: it reads text but does not write it, so it cannot do {task}.")
+    ensure_padding(model, tokenizer, required=task == CLASSIFICATION)
+    parameter = next(model.parameters())
+    words = {value: word for word, value in DTYPES.items()}
+    recipe.device, recipe.dtype = str(parameter.device), words.get(parameter.dtype, "auto")
+    recipe.say("device", recipe.device, "where the model is")
+    recipe.say("dtype", str(parameter.dtype).removeprefix("torch."), "the model's own")
+    return Base(model, tokenizer, model.config.name_or_path or kind, None, ())
 
 
 def check_space(output: str | None) -> None:
@@ -204,6 +279,7 @@ def resolved(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
         max_length=recipe.max_length,
         dtype=recipe.dtype,
         device=recipe.device,
+        revision=prepared.base.revision,
     )
     return values
 
@@ -212,9 +288,9 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _split_reason(config: TrainConfig, rows: Rows) -> str:
+def _split_reason(config: TrainConfig, parted: bool) -> str:
     if isinstance(config.validation, str):
         return f"validation from '{config.validation}'"
-    if isinstance(rows, (str, Path)) and Path(rows).is_dir():
+    if not parted:
         return "the folder's own files"
     return f"{100 * config.validation:g} % held back, seed {config.seed}; equal inputs stay on one side"

@@ -15,9 +15,10 @@ from lorakit.training.config import TrainConfig
 LEARNING_RATE = 1e-3
 REFERENCE_WIDTH = 512
 LONGEST_CLASSIFIED = 512
+MANY_ROWS = 2000
 FEWEST_STEPS = {"classification": 250, "generation": 200, "language-modeling": 200}
 MOST_EPOCHS = {"classification": 15, "generation": 3, "language-modeling": 3}
-USUAL_EPOCHS = {"classification": 4, "generation": 2, "language-modeling": 2}
+USUAL_EPOCHS = {"classification": 5, "generation": 2, "language-modeling": 2}
 
 
 @dataclass
@@ -126,11 +127,12 @@ def choose_steps(
 def _choose_batch(config: TrainConfig, recipe: Recipe, task: str, num_rows: int, num_parameters: int) -> None:
     if config.batch_size is not None:
         recipe.batch_size = min(config.batch_size, num_rows)
-        recipe.say("batch_size", recipe.batch_size, "as asked")
+        fits = recipe.batch_size == config.batch_size
+        recipe.say("batch_size", recipe.batch_size, "as asked" if fits else "all rows: there are no more")
     else:
-        usual = 16 if task == "classification" else 8
+        usual = 8 if task != "classification" else 16 if num_rows < MANY_ROWS else 32
         recipe.batch_size = min(usual, max(1, num_rows // 8))
-        recipe.say("batch_size", recipe.batch_size, "usual for adapters" if recipe.batch_size == usual else "few rows")
+        recipe.say("batch_size", recipe.batch_size, f"usual for {num_rows:,} rows")
     if config.micro_batch is not None:
         recipe.micro_batch = min(config.micro_batch, recipe.batch_size)
         recipe.say("micro_batch", recipe.micro_batch, "as asked")
@@ -145,7 +147,8 @@ def say_method(config: TrainConfig, recipe: Recipe, method: Method, targets: lis
     """Note what the adapter is and where it acts."""
     fields = method.summary()
     asked = "as asked" if config.rank is not None or config.method != "lora" else "a good start for most tasks"
-    recipe.say("method", f"{method.name}, rank {fields.get('rank', '-')}, alpha {fields.get('alpha', '-'):g}", asked)
+    sizes = [f"{name} {fields[name]:g}" for name in ("rank", "alpha") if name in fields]
+    recipe.say("method", ", ".join([method.name, *sizes]), asked)
     shown = ", ".join(targets[:6]) + (f" and {len(targets) - 6} more" if len(targets) > 6 else "")
     asked = "as asked; " if config.targets != "all-linear" else "every linear layer; "
     recipe.say("targets", shown, f"{asked}{coverage}")

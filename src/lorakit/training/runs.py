@@ -85,6 +85,14 @@ class Run:
         named = [dict(zip(self.spec.labels, row, strict=True)) for row in shares]
         return [Prediction(row.prompt, max(p, key=lambda k: p[k]), p) for row, p in zip(rows, named, strict=True)]
 
+    def too_long(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[int]:
+        """Return the numbers, from 1, of the texts that :meth:`predict` cuts to the run's length."""
+        tokenizer: Any = self.base.tokenizer
+        lengths = [
+            len(tokenizer(*((text,) if isinstance(text, str) else text), verbose=False)["input_ids"]) for text in texts
+        ]
+        return [i for i, length in enumerate(lengths, start=1) if length > self.spec.max_length]
+
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, seed: int | None = None
     ) -> list[str]:
@@ -166,6 +174,8 @@ def open_run(
     name = base or state.base_name
     if not name:
         raise RunFolderError(f"'{folder}' does not say which base it belongs to. Give it with --base MODEL.")
+    if base is None and Path(name).is_absolute() and not Path(name).is_dir():
+        raise RunFolderError(f"the base of '{folder}', '{name}', is not there any more. Give it with --base MODEL.")
     spec = read_spec(folder) if (folder / "task.json").is_file() else bare_spec(folder, state, labels)
     loaded = load_base(
         name,
@@ -206,7 +216,8 @@ def bare_spec(folder: Path, state: AdapterState, labels: Sequence[str]) -> TaskS
     if task != "classification":
         return TaskSpec(task)
     heads = [t for tensors in state.modules.values() for key, t in tensors.items() if key == "weight" and t.dim() == 2]
-    count = heads[-1].shape[0] if heads else 2
+    # Beside the head there may be a pooler, which is wider than any usual number of classes.
+    count = min(head.shape[0] for head in heads) if heads else 2
     names = tuple(labels) or tuple(f"LABEL_{i}" for i in range(count))
     if len(names) != count:
         raise InputError(f"'{folder}' has {count} classes, but {len(names)} labels were given.")

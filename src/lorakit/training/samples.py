@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,30 +31,29 @@ Answers = list[str]
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: TaskSpec, rows: Sequence[EncodedRow]
 ) -> Answers:
-    """Answer rows with the model as it is now: all of them for a classifier, a few for a writer."""
+    """Answer rows, chosen by :func:`questions`, with the model as it is now."""
     if spec.labels:
         shares = probabilities(model, rows, spec.collator(tokenizer))
         best = shares.max(-1)
         return [f"{spec.labels[int(i)]} ({float(p):.2f})" for p, i in zip(best.values, best.indices, strict=True)]
-    prompts = [prompt for prompt, _ in questions(tokenizer, spec, rows)]
+    prompts = [row.prompt for row in rows]
     return generate(model, tokenizer, prompts, _room(spec), chat=spec.chat, separator=spec.separator)
 
 
-def paired(
-    before: Answers, after: Answers, tokenizer: PreTrainedTokenizerBase, spec: TaskSpec, rows: Sequence[EncodedRow]
-) -> tuple[Sample, ...]:
-    """Put answers from before and after side by side; of a classifier's those first that changed to right."""
-    if not spec.labels:
-        asked = questions(tokenizer, spec, rows)
-        return tuple(Sample(p, e, b, a) for (p, e), b, a in zip(asked, before, after, strict=True))
+def paired(before: Answers, after: Answers, rows: Sequence[EncodedRow], spec: TaskSpec) -> tuple[Sample, ...]:
+    """Put answers to the same rows from before and after side by side.
+
+    Of a classifier's the first are one of each class, which turned right if there is one, and the last one is
+    wrong still if there is one.
+    """
     found = [Sample(row.prompt, row.expected, b, a) for row, b, a in zip(rows, before, after, strict=True)]
-    seen: set[str] = set()
-    present = {row.expected for row in rows}
-    shown: list[Sample] = []
-    for sample in sorted(found, key=lambda s: not (_right(s.after, s) and not _right(s.before, s))):
-        if sample.expected not in seen or seen == present:
-            seen.add(sample.expected)
-            shown.append(sample)
+    if not spec.labels:
+        return tuple(found)
+    turned = sorted(found, key=lambda s: not (_right(s.after, s) and not _right(s.before, s)))
+    firsts: dict[str, Sample] = {}
+    for sample in turned:
+        firsts.setdefault(sample.expected, sample)
+    shown = [*firsts.values(), *(sample for sample in turned if sample not in firsts.values())]
     wrong = [sample for sample in found if not _right(sample.after, sample) and sample not in shown[: NUM_SHOWN - 1]]
     return tuple([*shown[: NUM_SHOWN - len(wrong[:1])], *wrong[:1]])
 
@@ -75,25 +75,21 @@ def probabilities(model: Any, rows: Sequence[EncodedRow], collate: Collator) -> 
     return torch.cat(found)[torch.tensor(order).argsort()]
 
 
-def questions(
-    tokenizer: PreTrainedTokenizerBase, spec: TaskSpec, rows: Sequence[EncodedRow]
-) -> list[tuple[str, str]]:
-    """Return the first prompts that leave room for an answer, each with what is expected.
+def questions(tokenizer: PreTrainedTokenizerBase, spec: TaskSpec, rows: Sequence[EncodedRow]) -> tuple[EncodedRow, ...]:
+    """Choose the rows to answer: all for a classifier, for a writer the first few that leave room for an answer.
 
-    For language modeling the prompt is a text's opening, and its rest is expected.
+    For language modeling the prompt is a text's opening, and what follows it is expected.
     """
-    if spec.task == "generation":
-        asked = [(row.prompt, row.expected) for row in rows[: 4 * NUM_WRITTEN]]
-    else:
-        asked = [_opening(tokenizer, row) for row in rows[: 4 * NUM_WRITTEN]]
-    fitting = [pair for pair in asked if pair[0].strip() and _fits(tokenizer, spec, pair[0])]
-    return fitting[:NUM_WRITTEN]
+    if spec.labels:
+        return tuple(rows)
+    tried = [row if spec.task == "generation" else _opening(tokenizer, row) for row in rows[: 4 * NUM_WRITTEN]]
+    return tuple([row for row in tried if row.prompt.strip() and _fits(tokenizer, spec, row.prompt)][:NUM_WRITTEN])
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase, row: EncodedRow) -> tuple[str, str]:
+def _opening(tokenizer: PreTrainedTokenizerBase, row: EncodedRow) -> EncodedRow:
     parts = row.input_ids[:PROMPT_TOKENS], row.input_ids[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]
     opening, rest = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts)
-    return opening, rest
+    return dataclasses.replace(row, prompt=opening, expected=rest)
 
 
 def _fits(tokenizer: PreTrainedTokenizerBase, spec: TaskSpec, prompt: str) -> bool:

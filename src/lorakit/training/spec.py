@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorakit.errors import DataError
 from lorakit.text.supervise import SEPARATOR
 from lorakit.training.data.batches import Collator
-from lorakit.training.data.detect import check_rows, detect_task
+from lorakit.training.data.detect import detect_task
 from lorakit.training.data.encode import (
     EncodedSet,
     encode_classification,
@@ -66,7 +66,6 @@ class TaskSpec:
             DataError: they are of another task, or wrong.
         """
         detection = detect_task(table, self.task)
-        check_rows(table, detection)
         return self.encode(table, detection, tokenizer)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
