@@ -136,7 +136,12 @@ def measure(library: str, case: dict[str, Any], steps: int) -> dict[str, float]:
         start = time.perf_counter()
         loss = step()
         times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times), "bytes": float(memory), "loss": loss, "trained": sum(p.numel() for p in parameters)}
+    return {
+        "seconds": statistics.median(times),
+        "bytes": float(memory),
+        "loss": loss,
+        "trained": sum(p.numel() for p in parameters),
+    }
 
 
 def compare(case: dict[str, Any], turns: int, steps: int) -> dict[str, Any]:
@@ -178,7 +183,9 @@ def main() -> None:
         print(json.dumps(results, indent=2))
         return
     print("rank 8 on all linear layers, AdamW; medians; ratio = lorakit / PEFT, below 1 is better\n")
-    print(f"{'case':34} {'lorakit':>9} {'PEFT':>9} {'ratio (range)':>20} {'over base':>10}   {'memory MiB (ours / PEFT)':>26}")
+    print(
+        f"{'case':34} {'lorakit':>9} {'PEFT':>9} {'ratio (range)':>20} {'over base':>10}   {'memory MiB (ours / PEFT)':>26}"
+    )
     for name, r in results.items():
         low, high = r["time_ratio_range"]
         print(

@@ -203,3 +203,9 @@ def test_weights_that_are_no_numbers_are_refused(bases: Callable[[str], Path], r
     AutoTokenizer.from_pretrained(bases("bert")).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="NaN or infinity"):
         fit(tmp_path, rows_of("classified"))
+
+
+def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one of 2 processes"):
+        fit(tmp_path, [{"text": "a", "label": "b"}])

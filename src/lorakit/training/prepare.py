@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ def prepare(
         InputError: whatever is wrong with the settings, the rows or the model, before any long work.
     """
     method = config.resolved_method()
+    check_processes()
     check_space(config.output)
     recipe = Recipe()
     observer.stage("reading the data")
@@ -245,6 +247,19 @@ def _given_base(
     recipe.say("device", recipe.device, "where the model is")
     recipe.say("dtype", str(parameter.dtype).removeprefix("torch."), "the model's own")
     return Base(model, tokenizer, model.config.name_or_path or kind, None, ())
+
+
+def check_processes() -> None:
+    """Refuse to be one of several processes, which would all train on the same rows and write the same folder.
+
+    Raises:
+        ConfigError: a launcher has started more than one.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise ConfigError(
+            f"started as one of {count} processes; training runs in one process. Start it without a launcher."
+        )
 
 
 def check_space(output: str | None) -> None:

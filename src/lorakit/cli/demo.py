@@ -1,0 +1,69 @@
+"""``lorakit demo``: see it work, on data and a model that ship with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorakit.cli import options, output
+
+if TYPE_CHECKING:
+    from lorakit.demos.text import DemoResult
+
+DEMOS = {"text": "the real MiniLM learns to sort 600 customer messages in 8 intents (about a minute)"}
+INTERRUPTED = 130
+
+app = typer.Typer(help="See it work on packaged data.", epilog="Example: lorakit demo text", rich_markup_mode="rich")
+
+
+@app.callback(invoke_without_command=True)
+def demos(ctx: typer.Context, as_json: options.AsJson = False) -> None:
+    """See it work on packaged data; without a name, list the demos."""
+    if ctx.invoked_subcommand is not None:
+        return
+    if as_json:
+        output.show_json([{"name": name, "about": about} for name, about in DEMOS.items()])
+        return
+    for name, about in DEMOS.items():
+        print(f"lorakit demo {name}   {about}")
+
+
+@app.command(epilog="Example: lorakit demo text --output my-demo")
+def text(
+    output_: Annotated[
+        str, typer.Option("--output", "-o", metavar="RUN", help="Run folder; an earlier run there is replaced.")
+    ] = "lorakit-demo/text",
+    seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fine-tune the packaged MiniLM on 600 customer messages (written by a language model for this demo).
+
+    120 of the messages are a test that the training never sees; all results are measured on them.
+    """
+    from lorakit.cli.progress import Watch
+    from lorakit.demos.text import run
+    from lorakit.records import to_json
+
+    with Watch(show_choices=not as_json) as watch:
+        result = run(output_, seed, watch)
+    if as_json:
+        output.show_json(
+            {**to_json(result.summary), "run": str(result.folder), "report": str(result.report)}
+            | {"picture": str(result.picture)}
+        )
+    else:
+        show(result)
+    if not result.summary.finished:
+        output.say(f"interrupted: the adapter so far is saved whole in '{result.folder}'.")
+        raise typer.Exit(INTERRUPTED)
+
+
+def show(result: DemoResult) -> None:
+    """Print what came out, and what to try next."""
+    from lorakit.reports.tables import samples_table, summary_table
+
+    output.show(summary_table(result.summary), samples_table(result.summary.samples))
+    print(f"Run folder  {result.folder}\nReport      {result.report}\nPicture     {result.picture}\n\nNext")
+    print(f'  lorakit predict {result.folder} --text "The parcel came, but the box was empty."')
+    print(f"  lorakit merge {result.folder} {result.folder}-merged\n  lorakit inspect {result.folder}")

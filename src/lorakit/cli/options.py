@@ -1,0 +1,118 @@
+"""Arguments and options that several commands share, and those of ``train``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+WHAT = "What is trained"
+HOW_LONG = "How it is trained"
+ROWS = "Data"
+MACHINE = "Machine"
+SOURCE = "Model source"
+RESULT = "Output"
+
+RunFolder = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="The folder that `lorakit train` wrote, or a PEFT folder.", show_default=False),
+]
+AnsweredRows = Annotated[str, typer.Argument(metavar="DATA", help="A file of rows with answers.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="The base model, where the run does not say or it has moved."),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,...", help="Class names in logit order, for a PEFT classifier that has none."),
+]
+Device = Annotated[str, typer.Option(help="'cpu', 'cuda', ...; 'auto' takes a GPU if there is one.")]
+BaseDtype = Annotated[
+    str | None, typer.Option("--dtype", help="Of the base's weights: fp32, bf16, fp16; else the run's own.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code of the model's repository run. Read it first.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at the output.")]
+
+# train: None means that the flag was not given, so that the config file or the recipe decides.
+TrainModel = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A folder, or a name on the Hugging Face hub.", show_default=False)
+]
+TrainData = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="DATA",
+        help="Rows: .jsonl, .json, .csv, .tsv, .parquet or .txt; or a folder with train (and validation).",
+        show_default=False,
+    ),
+]
+TrainOutput = Annotated[
+    str | None,
+    typer.Option(
+        "--output", "-o", metavar="RUN", help="The run folder; else runs/MODEL-DATA, numbered.", rich_help_panel=RESULT
+    ),
+]
+TrainForce = Annotated[
+    bool | None, typer.Option("--force", help="Replace an existing run folder.", rich_help_panel=RESULT)
+]
+TrainJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel=RESULT)]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config", metavar="FILE", help="YAML with any of these settings; flags win.", rich_help_panel=RESULT
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(help="classification, generation or language-modeling; else by the columns.", rich_help_panel=WHAT),
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="Fine-tuning method; see `lorakit methods`; else lora.", rich_help_panel=WHAT),
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of each update.", rich_help_panel=WHAT)]
+Alpha = Annotated[float | None, typer.Option(help="The update's scale is alpha / rank.", rich_help_panel=WHAT)]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers by name, suffix, glob or 're:...', or the words attention, mlp, all-linear; comma-separated.",
+        rich_help_panel=WHAT,
+    ),
+]
+Exclude = Annotated[str | None, typer.Option(help="Layers to leave out, like --targets.", rich_help_panel=WHAT)]
+Layers = Annotated[str | None, typer.Option(help="Blocks to keep: 0-5 or last:4.", rich_help_panel=WHAT)]
+TrainModules = Annotated[
+    str | None,
+    typer.Option(help="Modules to train in full, beside a new head; comma-separated.", rich_help_panel=WHAT),
+]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the rows.", rich_help_panel=HOW_LONG)]
+MaxSteps = Annotated[int | None, typer.Option(help="End after so many steps.", rich_help_panel=HOW_LONG)]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=HOW_LONG)]
+BatchSize = Annotated[int | None, typer.Option(help="Rows per optimizer step.", rich_help_panel=HOW_LONG)]
+MicroBatch = Annotated[int | None, typer.Option(help="Rows at a time in memory.", rich_help_panel=HOW_LONG)]
+Seed = Annotated[int | None, typer.Option(help="Of split, order and starting values.", rich_help_panel=HOW_LONG)]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE|FILE", help="Share of the rows to validate on, or a file; else 0.1.", rich_help_panel=ROWS
+    ),
+]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens per row.", rich_help_panel=ROWS)]
+TrainDtype = Annotated[
+    str | None, typer.Option("--dtype", help="Of the base's weights: fp32, bf16, fp16.", rich_help_panel=MACHINE)
+]
+TrainDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...", rich_help_panel=MACHINE)]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.", rich_help_panel=SOURCE)]
+TrainTrust = Annotated[
+    bool | None,
+    typer.Option(
+        "--trust-remote-code", help="Let code of the model's repository run. Read it first.", rich_help_panel=SOURCE
+    ),
+]
+
+
+def split_names(text: str | None) -> list[str]:
+    """Part names at commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]

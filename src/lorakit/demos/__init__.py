@@ -1,0 +1,1 @@
+"""Demonstrations on data that ships with the package; nothing is downloaded."""

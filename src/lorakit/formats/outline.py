@@ -1,0 +1,117 @@
+"""What a saved adapter holds: its method, its layers with shapes and ranks, and the base it belongs to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.adapters.spectrum import singular_values
+from lorakit.adapters.state import AdapterState, SiteState
+from lorakit.formats.peft import TENSORS
+from lorakit.formats.store import read_adapter
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer of a saved adapter.
+
+    Attributes:
+        path: the layer's path in its base.
+        kind: the layer's kind.
+        d_out, d_in: of the update as a matrix ``[d_out, d_in]``; ``rank`` its inner size, 0 where it has none.
+        num_parameters: numbers that were trained for it.
+        singular_values: of ``B A`` (without the scale), largest first.
+    """
+
+    path: str
+    kind: str
+    d_out: int
+    d_in: int
+    rank: int
+    num_parameters: int
+    singular_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FullModule:
+    """A module trained in full: its path and its numbers."""
+
+    path: str
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class AdapterOutline:
+    """A saved adapter, read without its base.
+
+    Attributes:
+        folder: where it is.
+        method: the method's name and settings.
+        base_name: the base as it was called, None where the file does not say.
+        identity: short id of the base; None for a file that carries none.
+        dtype: what most numbers are stored in.
+        num_bytes: size of the file of tensors.
+        num_parameters: numbers in the adapter.
+        layers: the adapted layers; ``modules`` those trained in full; ``num_biases`` trained biases.
+    """
+
+    folder: str
+    method: dict[str, Any]
+    base_name: str | None
+    identity: str | None
+    dtype: str
+    num_bytes: int
+    num_parameters: int
+    layers: tuple[AdaptedLayer, ...]
+    modules: tuple[FullModule, ...]
+    num_biases: int
+
+
+def describe_adapter(folder: str | Path) -> AdapterOutline:
+    """Outline the adapter saved in ``folder``; its base is not needed.
+
+    Raises:
+        FormatError: there is none, or it is broken, unsafe or uses what is not supported.
+    """
+    folder = Path(folder).expanduser()
+    state = read_adapter(folder)
+    return AdapterOutline(
+        folder=str(folder),
+        method=state.method.summary(),
+        base_name=state.base_name,
+        identity=state.identity.short if state.identity is not None else None,
+        dtype=_dtype(state),
+        num_bytes=(folder / TENSORS).stat().st_size,
+        num_parameters=sum(tensor.numel() for tensor in _tensors(state)),
+        layers=tuple(_layer(path, site) for path, site in state.sites.items()),
+        modules=tuple(FullModule(p, sum(t.numel() for t in group.values())) for p, group in state.modules.items()),
+        num_biases=len(state.biases),
+    )
+
+
+def _layer(path: str, site: SiteState) -> AdaptedLayer:
+    A, B = site.tensors.get("A"), site.tensors.get("B")
+    numbers = sum(tensor.numel() for tensor in site.tensors.values())
+    if A is None or B is None:
+        d_out, d_in = site.weight_shape[0], math.prod(site.weight_shape[1:])
+        return AdaptedLayer(path, site.kind, d_out, d_in, 0, numbers, ())
+    values = tuple(singular_values(A, B).tolist())
+    return AdaptedLayer(path, site.kind, B.shape[0], A.shape[1], A.shape[0], numbers, values)
+
+
+def _tensors(state: AdapterState) -> list[torch.Tensor]:
+    groups = [*(site.tensors for site in state.sites.values()), *state.modules.values(), *state.parts.values()]
+    return [tensor for group in [*groups, state.biases] for tensor in group.values()]
+
+
+def _dtype(state: AdapterState) -> str:
+    words = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    numbers: dict[torch.dtype, int] = {}
+    for tensor in _tensors(state):
+        numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel()
+    most = max(numbers, key=lambda dtype: numbers[dtype])
+    return words.get(most, str(most).removeprefix("torch."))
