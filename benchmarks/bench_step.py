@@ -183,9 +183,8 @@ def main() -> None:
         print(json.dumps(results, indent=2))
         return
     print("rank 8 on all linear layers, AdamW; medians; ratio = lorakit / PEFT, below 1 is better\n")
-    print(
-        f"{'case':34} {'lorakit':>9} {'PEFT':>9} {'ratio (range)':>20} {'over base':>10}   {'memory MiB (ours / PEFT)':>26}"
-    )
+    heads = ("lorakit", "PEFT", "ratio (range)", "over base", "memory MiB (ours / PEFT)")
+    print(f"{'case':34} {heads[0]:>9} {heads[1]:>9} {heads[2]:>20} {heads[3]:>10}   {heads[4]:>26}")
     for name, r in results.items():
         low, high = r["time_ratio_range"]
         print(
