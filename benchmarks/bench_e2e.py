@@ -40,14 +40,14 @@ class Losses:
         return Collect()
 
 
-def perplexities(shared: Path, num_rows: int, seed: int) -> dict[str, float]:
-    """Fit with no setting but the data; measure the base and the adapted model on rows of the test file."""
+def perplexities(shared: Path, num_rows: int, seed: int, epochs: float | None) -> dict[str, float]:
+    """Fit with no setting but the data (and the epochs, if given); measure the base and the adapted model on rows of the test file."""
     import lorakit as lk
     from lorakit.training.data.read import read_table
     from lorakit.training.data.table import Table
     from lorakit.training.objectives import evaluate
 
-    result = lk.fit(shared / "models/tiny-llama-en", shared / "data/e2e/valid.jsonl", seed=seed)
+    result = lk.fit(shared / "models/tiny-llama-en", shared / "data/e2e/valid.jsonl", seed=seed, epochs=epochs)
     table = read_table(shared / "data/e2e/test.jsonl")
     rows = random.Random(0).sample(list(table.rows), min(num_rows, len(table.rows)))
     encoded = result.spec.read(Table(table.source, tuple(rows), table.unit), result.tokenizer)
@@ -129,12 +129,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=None, help="of part 1; chosen by the recipe if left out")
     given = parser.parse_args()
     if not (given.shared / "models/tiny-llama-en").is_dir():
         print(f"skipped: '{given.shared}' has no models/tiny-llama-en", file=sys.stderr)
         return
     print("same recipe through PEFT:", json.dumps(same_losses(given.shared, given.steps)))
-    print("no flag but the data:", json.dumps(perplexities(given.shared, given.rows, given.seed)))
+    print(
+        "fitted on valid, measured on test:",
+        json.dumps(perplexities(given.shared, given.rows, given.seed, given.epochs)),
+    )
 
 
 if __name__ == "__main__":

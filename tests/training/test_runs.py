@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.errors import BaseMismatchError, DataError, InputError, ModelError, RunFolderError
+from lorakit.errors import BaseMismatchError, DataError, InputError, RunFolderError
 from lorakit.training.data.read import table_from_rows
 from lorakit.training.fit import FitResult
 from lorakit.training.runs import Run, open_run
@@ -144,7 +144,7 @@ def test_another_base_is_refused(writer: Path, bases: Callable[[str], Path]) -> 
 
 def test_a_base_that_has_moved_is_missed_by_name(bare: Path) -> None:
     changed_config(bare, base_model_name_or_path=str(bare / "gone"))
-    with pytest.raises(ModelError, match=r"there is no model folder '.*gone'"):
+    with pytest.raises(RunFolderError, match=r"gone', is not there any more\. Give it with --base MODEL"):
         open_run(bare)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,17 +41,29 @@ class Watch(Observer):
         self._bar: Progress | None = None
         self._loss = 0.0
         self._said = 0.0
+        self._interrupted = False
+        self._handler: Any = None
 
     def __enter__(self) -> Watch:
-        """Return the observer."""
+        """Return the observer; from now on a Ctrl-C is remembered."""
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Take away what is drawn."""
         self._clear()
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def stage(self, text: str) -> None:
-        """Show what is being done now."""
+        """Show what is being done now; a Ctrl-C that was swallowed on the way (by an import, say) is raised again."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         self.saved = self.saved or self._stage == "saving the adapter"
         self._stage = text
         self._clear()
