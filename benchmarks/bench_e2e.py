@@ -41,7 +41,7 @@ class Losses:
 
 
 def perplexities(shared: Path, num_rows: int, seed: int, epochs: float | None) -> dict[str, float]:
-    """Fit with no setting but the data (and the epochs, if given); measure the base and the adapted model on rows of the test file."""
+    """Fit with no setting but the data (and the epochs, if given); measure before and after on test rows."""
     import lorakit as lk
     from lorakit.training.data.read import read_table
     from lorakit.training.data.table import Table
