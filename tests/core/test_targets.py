@@ -278,3 +278,8 @@ def test_a_layer_named_under_two_paths_is_one_target() -> None:
     handle.merge()
     assert not torch.allclose(before, unmerged)
     torch.testing.assert_close(model(x), unmerged)
+
+
+def test_a_name_that_resembles_nothing_is_answered_with_the_names_there_are(build: Build) -> None:
+    with pytest.raises(TargetError, match=r"no layer matches target 'zzz'\. Layers here: .*'query'"):
+        find_sites(build("bert"), "zzz")

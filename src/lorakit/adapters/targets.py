@@ -165,10 +165,9 @@ def _match(model: nn.Module, modules: dict[str, nn.Module], entry: str, strict: 
             _adaptable(modules, path, entry)
     if not hits:
         names = {p for p, m in modules.items() if find_ops(m) is not None}
-        options = names | {p.rsplit(".", 1)[-1] for p in names} | set(WORDS)
-        raise TargetError(
-            f"no layer matches target '{entry}'.{did_you_mean(entry, options)} See `lorakit inspect MODEL`."
-        )
+        last = {p.rsplit(".", 1)[-1] for p in names}
+        near = did_you_mean(entry, names | last | set(WORDS)) or f" Layers here: {quoted(sorted(last))}."
+        raise TargetError(f"no layer matches target '{entry}'.{near} See `lorakit inspect MODEL`.")
     return usable or hits
 
 
