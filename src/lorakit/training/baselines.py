@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.records import Evaluation
+from lorakit.text.generate import evaluating
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import bounded_batches, evaluating, scored
+from lorakit.training.objectives import bounded_batches, scored
 
 PROBE_ROWS = 4000
 

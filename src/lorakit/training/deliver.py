@@ -19,7 +19,7 @@ from lorakit.adapters.identity import base_buffers, base_parameters
 from lorakit.bases import check_free, describe_model, load_base, save_model
 from lorakit.bases.source import local_folder
 from lorakit.errors import ConfigError, MergeToleranceError, RunFolderError, did_you_mean, quoted
-from lorakit.training.objectives import evaluating
+from lorakit.text.generate import evaluating
 from lorakit.training.proof import tolerance
 from lorakit.training.runs import Run, open_run
 

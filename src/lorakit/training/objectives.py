@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from lorakit.errors import ModelError
 from lorakit.records import ClassScore, Evaluation
+from lorakit.text.generate import evaluating
 from lorakit.training.data.batches import Collator, ordered_batches
 from lorakit.training.data.encode import IGNORED, EncodedRow
 
@@ -134,18 +134,6 @@ def scored(confusion: Sequence[Sequence[int]], labels: Sequence[str], loss: floa
         classes=tuple(classes),
         confusion=tuple(tuple(row) for row in confusion),
     )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

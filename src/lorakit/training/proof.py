@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lorakit.adapters import Handle
 from lorakit.adapters.identity import digest
 from lorakit.records import Proof
+from lorakit.text.generate import evaluating
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import evaluating, forward
+from lorakit.training.objectives import forward
 
 NUM_ROWS = 8
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lorakit.records import Sample
-from lorakit.text.generate import generate
+from lorakit.text.generate import evaluating, generate
 from lorakit.text.supervise import prompt_tokens, source_text, source_tokens
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import bounded_batches, evaluating, forward
+from lorakit.training.objectives import bounded_batches, forward
 from lorakit.training.spec import TaskSpec
 
 if TYPE_CHECKING:
