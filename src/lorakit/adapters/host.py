@@ -217,11 +217,6 @@ def _rebuild(make: Callable[[type[nn.Module]], type[nn.Module]], host: type[nn.M
     return kind.__new__(kind)
 
 
-def is_adapted(module: nn.Module) -> bool:
-    """Tell whether a module is a host."""
-    return isinstance(module, Adapted)
-
-
 def adapt(path: str, module: nn.Module, ops: LayerOps | None, active: Active) -> Branches:
     """Make a module a host (once) and return its branches. Changes the module's class.
 

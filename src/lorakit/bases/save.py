@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorakit.adapters.identity import ADAPTER_SEGMENT
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.errors import RunFolderError, TrainingError
-from lorakit.files import is_disk_full
+from lorakit.files import is_disk_full, umask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def save_model(
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
         _write(model, tokenizer, part)
-        part.chmod(0o777 & ~_umask())
+        part.chmod(0o777 & ~umask())
         _take_name(part, target)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -86,7 +86,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
             tokenizer.save_pretrained(folder)
     for file in folder.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+            file.chmod(0o666 & ~umask())  # safetensors writes for the owner alone
             with file.open("rb") as written:
                 os.fsync(written.fileno())
 
@@ -105,9 +105,3 @@ def _take_name(part: Path, target: Path) -> None:
         old.rmdir()
         raise
     shutil.rmtree(old)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
