@@ -26,15 +26,24 @@ CASES: dict[str, dict[str, Any]] = {
     "llama 33M, 4 x 256, dropout 0.1": {"model": "llama", "batch": [4, 256], "dropout": 0.1},
     "llama 33M, 4 x 256, DoRA": {"model": "llama", "batch": [4, 256], "dora": True},
     "BERT (MiniLM's shape), 16 x 24": {"model": "bert", "batch": [16, 24]},
+    "Mixtral-like 27M, 4 x 128": {"model": "mixtral", "batch": [4, 128]},
 }
 LIBRARIES = ("lorakit", "peft", "base")
 RANK, ALPHA = 8, 16
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def build(case: dict[str, Any]) -> Any:
     """Return a frozen model with random weights of a real shape."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
 
     torch.manual_seed(0)
     if case["model"] == "bert":
@@ -42,6 +51,18 @@ def build(case: dict[str, Any]) -> Any:
             hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12, num_labels=6
         )
         model: Any = BertForSequenceClassification(config)
+    elif case["model"] == "mixtral":
+        config = MixtralConfig(
+            hidden_size=384,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            num_local_experts=8,
+            vocab_size=4096,
+            max_position_embeddings=512,
+        )
+        model = MixtralForCausalLM(config)
     else:
         config = LlamaConfig(
             hidden_size=512,
@@ -76,6 +97,7 @@ def adapt(model: Any, library: str, case: dict[str, Any]) -> tuple[Any, list[Any
             lora_dropout=dropout,
             use_dora=dora,
             target_modules="all-linear",
+            target_parameters=EXPERTS if case["model"] == "mixtral" else None,
             modules_to_save=head or None,
             task_type="SEQ_CLS" if head else "CAUSAL_LM",
         )

@@ -181,8 +181,8 @@ def test_an_embedding_starts_reversed(init: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_update_is_zero_at_the_start(kind: str) -> None:
-    handle = lk.attach(one_layer(kind), lk.LoRA(rank=3), "layer")
-    assert not handle.delta("layer").any()
+    handle = lk.attach(one_layer(kind), lk.LoRA(rank=3), KINDS[kind].target)
+    assert not any(handle.delta(path).any() for path in handle.updates())
 
 
 def test_a_convolutions_fan_in_is_its_flattened_kernel() -> None:

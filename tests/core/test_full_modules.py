@@ -270,25 +270,62 @@ def test_biases_that_are_not_there_are_refused() -> None:
         lk.attach(OneLayer(nn.Linear(4, 6, bias=False)), lk.LoRA(rank=2, bias="all"), "layer")
 
 
+class Filter(nn.Module):
+    """A layer of one's own whose bias is not simply added to its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x + self.bias) @ self.kernel
+
+
 def test_biases_that_are_not_simply_added_are_refused_by_name() -> None:
-    model = nn.ModuleDict({"lstm": nn.LSTM(4, 6), "fc": nn.Linear(4, 6)})
-    with pytest.raises(UnsupportedLayerError, match=r"'lstm' \(LSTM: bias_ih_l0, bias_hh_l0\)"):
+    model = nn.ModuleDict({"filter": Filter(), "fc": nn.Linear(4, 6)})
+    with pytest.raises(UnsupportedLayerError, match=r"'filter' \(Filter: bias\)"):
         lk.attach(model, lk.LoRA(rank=2, bias="all"), "fc")
 
 
-def test_a_copy_of_another_output_acts_alone_but_is_never_mixed() -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 6)
+def test_all_biases_beside_some_rows_of_a_projection_are_refused_by_name() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(4, 6)})
+    with pytest.raises(UnsupportedLayerError, match=r"'attn\.in_proj_weight' \(of which only some rows are targets\)"):
+        lk.attach(model, lk.LoRA(rank=2, bias="all"), "attn[q,v]")
+    handle = lk.attach(model, lk.LoRA(rank=2, bias="all"), "attn[q,k,v]")
+    parts = {f"attn.in_proj_weight[{part}]" for part in "qkv"}
+    assert set(handle.state().biases) == {*parts, "attn.out_proj", "fc"}
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.attention(x, x, x)[0])
 
-    model, x = Attention(), torch.randn(2, 3, 8)
+class Split(nn.Module):
+    """A layer of one's own with two outputs, or with a second input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> object:
+        return (self.gain * x, x) if gate is None else self.gain * x * gate
+
+
+class AroundSplit(nn.Module):
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.fc, self.split, self.gated = nn.Linear(6, 6), Split(), gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return self.split(x, x) if self.gated else self.split(x)[0]
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["two inputs", "two outputs"])
+def test_a_copy_of_other_than_one_input_and_output_acts_alone_but_is_not_routed(gated: bool) -> None:
+    model, x = AroundSplit(gated).eval(), torch.randn(2, 6)
     base = model(x)
-    handle = lk.attach(model, lk.LoRA(rank=2), "fc", train_modules="attention")
+    handle = lk.attach(model, lk.LoRA(rank=2), "fc", train_modules="split")
     torch.testing.assert_close(model(x), base, rtol=0, atol=SUM_ORDER)
-    handle.use({"default": 0.5})
-    with pytest.raises(RoutingError, match="can act alone at strength 1"):
+    with pytest.raises(RoutingError, match=r"trains a Split in full.*can act alone"), handle.routed(["default", None]):
         model(x)
+    if not gated:
+        handle.use({"default": 0.5})
+        with pytest.raises(RoutingError, match=r"trains a Split in full.*can act alone"):
+            model(x)

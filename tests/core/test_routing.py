@@ -12,7 +12,7 @@ import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.errors import AdapterError, MergeError, RoutingError
 
-from .models import Tower, fill_with_noise, tokens_for
+from .models import KINDS, Tower, fill_with_noise, one_layer, tokens_for
 
 Build = Callable[..., nn.Module]
 # The base's own matmul sums in another order for another batch shape: some ulps of values of order 1 to 10.
@@ -120,6 +120,24 @@ def test_a_mixed_batch_gives_each_adapter_the_gradient_of_its_rows(pair: tuple[T
     alone(model, handle, "a", tokens[[0, 2]]).square().sum().backward()
     for key, parameter in handle.parameters("a").items():
         torch.testing.assert_close(mixed[key], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch_gives_the_gradient_of_its_rows_on_every_kind_of_layer(kind: str) -> None:
+    model = one_layer(kind)
+    handle = lk.attach(model, lk.DoRA(rank=3, alpha=5), KINDS[kind].target)
+    fill_with_noise(handle)
+    x = KINDS[kind].inputs(4)
+    with handle.routed(["default", None, "default", None]):
+        model(x).sum().backward()
+    mixed = {key: p.grad for key, p in handle.parameters().items()}
+    model.zero_grad()
+    model(x[[0, 2]]).sum().backward()
+    for key, parameter in handle.parameters().items():
+        assert parameter.grad is not None
+        bound = 1e-5 * max(1.0, float(parameter.grad.abs().max()))  # fp32 sums over rows in another order
+        torch.testing.assert_close(mixed[key], parameter.grad, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import lorakit as lk
-from lorakit.adapters.targets import coverage, find_sites, shortest_names
-from lorakit.errors import TargetError, UnsupportedLayerError
+from lorakit.adapters.coverage import coverage
+from lorakit.adapters.targets import find_sites, shortest_names
+from lorakit.errors import InputError, TargetError, UnsupportedLayerError
 
 from .models import OneLayer, Tower
 
@@ -169,16 +172,31 @@ class Inherits(nn.Linear):
     """A subclass that runs nn.Linear's very forward."""
 
 
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean()
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x, x)[0]
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (nn.LSTM(4, 6), "'layer' is a LSTM: it cannot be adapted"),
-        (nn.Conv1d(4, 6, 3), "'layer' is a Conv1d"),
-        (nn.Conv2d(4, 6, 3, groups=2), "groups=2"),
-        (nn.Embedding(9, 4, max_norm=1.0), "max_norm rewrites the base weight"),
+        (OwnLinear(4, 6), "a OwnLinear, a Linear with a forward of its own"),
         (OwnForward(9, 4), "a OwnForward, a Embedding with a forward of its own"),
+        (OwnAttention(8, 2), "a OwnAttention, a MultiheadAttention with a forward of its own"),
+        (nn.Embedding(9, 4, max_norm=1.0), "max_norm rewrites the base weight"),
         (nn.LayerNorm(4), "'layer' is a LayerNorm"),
-        (nn.EmbeddingBag(9, 4), "'layer' is a EmbeddingBag"),
+        (nn.BatchNorm1d(4), "'layer' is a BatchNorm1d"),
+        (nn.EmbeddingBag(9, 4), r"'layer' is a EmbeddingBag.*Or name its own weights: 'layer\.weight'"),
+        (nn.LayerNorm((4, 3)), r"'layer' is a LayerNorm.*Or name its own weights: 'layer\.weight', 'layer\.bias'"),
+        (parametrizations.weight_norm(nn.LSTM(4, 6), "weight_hh_l0"), "it computes 'weight_hh_l0'"),
+        (parametrizations.weight_norm(nn.GRUCell(4, 6), "weight_ih"), "it computes 'weight_ih'"),
+        (parametrizations.orthogonal(nn.MultiheadAttention(8, 2), "in_proj_weight"), "it computes 'in_proj_weight'"),
+        (parametrizations.weight_norm(nn.Bilinear(3, 4, 5)), "it computes 'weight'"),
     ],
 )
 def test_a_layer_without_ops_is_refused_by_name(layer: nn.Module, why: str) -> None:
@@ -191,34 +209,59 @@ def test_a_subclass_that_inherits_the_forward_is_covered() -> None:
     assert paths(OneLayer(Inherits(4, 6)), "layer") == ["layer"]
 
 
-@pytest.mark.parametrize("targets", ["out_proj", "part.out_proj", "*out_proj", "all-linear"])
-def test_the_projection_that_multihead_attention_reads_itself_is_refused(targets: str) -> None:
+@pytest.mark.parametrize("name", ["out_proj", "part.out_proj", "*out_proj"])
+def test_the_projection_that_an_attention_reads_itself_is_a_weight_of_the_attention(name: str) -> None:
     model = nn.ModuleDict({"part": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(UnsupportedLayerError, match=r"'part\.out_proj' belongs to a MultiheadAttention"):
-        paths(model, targets)
+    (site,) = find_sites(model, name)
+    assert (site.path, site.host, site.ops.parameter) == ("part.out_proj", "part", "out_proj.weight")
 
 
-def test_layers_that_an_encoders_fast_path_reads_are_all_refused_by_name() -> None:
-    model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(8, 2, 16)})
-    with pytest.raises(UnsupportedLayerError) as caught:
-        paths(model, ["linear1", "linear2"])
-    assert "'encoder.linear1' belongs to a TransformerEncoderLayer" in str(caught.value)
-    assert "'encoder.linear2'" in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["linear1", "self_attn.out_proj", "norm1", "encoder"])
-def test_training_in_full_what_a_parent_reads_itself_is_refused_too(name: str) -> None:
+@pytest.mark.parametrize("name", ["self_attn.out_proj", "out_proj"])
+def test_training_in_full_a_part_of_an_attention_is_refused(name: str) -> None:
     model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(8, 2, 16), "head": nn.Linear(8, 3)})
-    with pytest.raises(UnsupportedLayerError, match="reads its layers' weights itself"):
+    with pytest.raises(UnsupportedLayerError, match=r"reads its weights itself.*Train 'encoder\.self_attn' in full"):
         lk.attach(model, lk.LoRA(rank=2), "head", train_modules=name)
 
 
+def test_rows_of_a_convolution_are_refused_by_name() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3), "fc": nn.Linear(4, 6)})
+    with pytest.raises(UnsupportedLayerError, match=r"'conv\[0:4\]': rows of a convolution.*Name 'conv' whole"):
+        paths(model, "conv[0:4]")
+    assert paths(model, "fc[0:4]") == ["fc[0:4]"]
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("lstm.weight_hh_l1", "no layer matches target 'lstm.weight_hh_l1'. Closest: 'lstm.weight_hh_l0'"),
+        ("lstm.bias_ih_l0", "no layer matches target 'lstm.bias_ih_l0'. Closest: 'lstm.weight_ih_l0'"),
+        ("attn.q_proj_weight", "no layer matches target 'attn.q_proj_weight'"),
+        ("attn.bias_k", "no layer matches target 'attn.bias_k'"),
+        ("attn.in_proj_weight[gate]", "'attn.in_proj_weight' has no part 'gate'. It has 'q', 'k', 'v'"),
+        ("attn.in_proj_weight[20:25]", "'attn.in_proj_weight[20:25]': there are rows 0 to 24"),
+        ("fc.extra", "no layer matches target 'fc.extra'"),
+    ],
+)
+def test_a_weight_or_part_that_is_not_there_is_refused_by_name(target: str, why: str) -> None:
+    fc = Inherits(8, 4)
+    fc.extra = nn.Parameter(torch.zeros(3, 3))  # a layer with ops has no other weights than theirs
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    model = nn.ModuleDict({"lstm": nn.LSTM(8, 6), "attn": attention, "fc": fc})
+    with pytest.raises(InputError, match=re.escape(why)):
+        paths(model, target)
+
+
+def test_a_model_without_any_layer_says_so() -> None:
+    with pytest.raises(TargetError, match="this model has no layer that can be adapted by name"):
+        paths(OneLayer(nn.LayerNorm(4)), "fc")
+
+
 def test_unsupported_and_unmatched_entries_are_named_together() -> None:
-    model = nn.ModuleDict({"lstm": nn.LSTM(4, 6), "fc": nn.Linear(4, 6)})
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 6)})
     with pytest.raises(TargetError) as caught:
-        paths(model, ["fcc", "lstm"])
+        paths(model, ["fcc", "norm"])
     assert "'fcc'" in str(caught.value)
-    assert "LSTM" in str(caught.value)
+    assert "LayerNorm" in str(caught.value)
 
 
 # Coverage and names ---------------------------------------------------------------------------------
@@ -236,6 +279,14 @@ def test_coverage_counts_matrix_parameters_only() -> None:
 def test_coverage_counts_modules_trained_in_full() -> None:
     handle = lk.attach(Tower(), lk.LoRA(rank=2), "up", train_modules="head")
     assert handle.coverage().reached == 2 * 128 + 104
+
+
+@pytest.mark.parametrize("name", ["head", "embed"])
+def test_coverage_counts_a_tied_weight_under_either_of_its_names(name: str) -> None:
+    model = Tower(tied=True)
+    found = coverage(model, find_sites(model, name))
+    assert (found.reached, found.total) == (104, 104 + 512)
+    assert [path for path, _ in found.unreached] == [f"blocks.{i}.{part}" for i in (0, 1) for part in ("down", "up")]
 
 
 def test_coverage_says_the_same_while_attached() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from lorakit.adapters.targets import coverage, find_sites, head_paths
+from lorakit.adapters.coverage import coverage
+from lorakit.adapters.targets import find_sites, head_paths
 from lorakit.errors import TargetError
 
 from .models import Tower

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.adapters.branches import Active, Branches, Updates
 from lorakit.adapters.copies import ModuleCopy, leaf_modules, pristine_copy
-from lorakit.adapters.host import Active, Adapted, adapt, base_parameters, hosts, unadapt, wanted_mode
-from lorakit.adapters.targets import base_modules, refuse_read_by_parent, tied_names
+from lorakit.adapters.host import Adapted, adapt, base_parameters, hosts, unadapt, wanted_mode
+from lorakit.adapters.targets import Places, refuse_read_by_parent, tied_names
 from lorakit.errors import ConfigError, TargetError, UnsupportedLayerError, bullet_list, quoted
-from lorakit.layers import Site, find_ops
+from lorakit.layers import Site, find_ops, sites_of
 from lorakit.methods import Method, ModelPart, Update
 from lorakit.methods.method import BiasUpdate
 
@@ -54,8 +55,8 @@ class Attached:
 
     Attributes:
         method: its method.
-        paths: hosts with an update, in the model's order.
-        biases: other hosts, where only the bias is trained.
+        sites: host and place by path of every update, in the model's order.
+        biases: the same of other weights, of which only the bias is trained; a module without ops has the place ''.
         copies: modules that hold parameters and are trained in full, by path.
         full_modules: the modules trained in full, as chosen.
         new_modules: modules of the base that a checkpoint did not hold.
@@ -66,8 +67,8 @@ class Attached:
     """
 
     method: Method
-    paths: tuple[str, ...]
-    biases: tuple[str, ...]
+    sites: dict[str, tuple[str, str]]
+    biases: dict[str, tuple[str, str]]
     copies: tuple[str, ...]
     full_modules: tuple[str, ...]
     new_modules: tuple[str, ...]
@@ -76,37 +77,67 @@ class Attached:
     parts: dict[str, ModelPart] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all updates."""
+        return tuple(self.sites)
+
     def branches(self, model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Update | ModuleCopy]]:
-        """Yield path, host and this adapter's branch of every host."""
-        for path in (*self.paths, *self.biases, *self.copies):
+        """Yield path, host and this adapter's branch of every update, trained bias and module trained in full."""
+        for path, (host_path, place) in (*self.sites.items(), *self.biases.items()):
+            host = model.get_submodule(host_path)
+            branch = _branches_of(host).named()[name]
+            yield path, host, branch.at(place) if isinstance(branch, Updates) else branch
+        for path in self.copies:
             host = model.get_submodule(path)
-            assert isinstance(host, Adapted)
-            yield path, host, host.lorakit.named()[name]
+            branch = _branches_of(host).named()[name]
+            assert isinstance(branch, ModuleCopy)
+            yield path, host, branch
 
 
-def plan_biases(model: nn.Module, sites: Sequence[Site], wanted: str, skip: Sequence[str]) -> list[str]:
-    """Return paths, beside the sites, whose bias the adapter trains ('all'), and check that there are any.
+def _branches_of(host: nn.Module) -> Branches:
+    assert isinstance(host, Adapted)
+    return host.lorakit
+
+
+def plan_biases(
+    model: nn.Module, sites: Sequence[Site], wanted: str, skip: Sequence[str]
+) -> dict[str, tuple[str, str]]:
+    """Return where, beside the sites, the adapter trains a bias ('all'): host and place by path.
 
     Raises:
         ConfigError: biases are asked for and no layer has one.
-        UnsupportedLayerError: 'all', and a layer's bias is not simply added to its output.
+        UnsupportedLayerError: 'all', and a layer's bias is not simply added to its output, or only some of its
+            rows are targets.
     """
     if wanted == "none":
-        return []
+        return {}
     own = [site.path for site in sites if site.ops.bias(site.layer) is not None]
     if wanted == "lora_only":
         if not own:
             raise ConfigError("bias='lora_only': none of the targets has a bias. Use bias='none'.")
-        return []
-    targets = {site.path for site in sites}
-    others, refused = [], []
-    for path, module in base_modules(model).items():
+        return {}
+    rows: dict[tuple[str, str], int] = {}
+    for site in sites:
+        key = site.host, site.ops.parameter
+        rows[key] = rows.get(key, 0) + site.d_out
+    others: dict[str, tuple[str, str]] = {}
+    refused: list[str] = []
+    for path, module in Places.of(model, skip).modules.items():
         own_names = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]
-        if not own_names or path in targets or any(path == s or path.startswith(s + ".") for s in skip):
-            continue
-        if own_names == ["bias"] and (find_ops(module) is not None or _only_vectors(module)):
-            others.append(path)
-        else:
+        found = sites_of(model, path, module)
+        if found:
+            for site in found.values():
+                taken = rows.get((path, site.ops.parameter), 0)
+                if site.ops.bias(module) is None or taken == site.d_out:
+                    continue
+                if taken:
+                    refused.append(f"'{site.path}' (of which only some rows are targets)")
+                else:
+                    others[site.path] = (path, site.place)
+        elif own_names == ["bias"] and _only_vectors(module):
+            others[path] = (path, "")
+        elif own_names:
             refused.append(f"'{path}' ({type(module).__name__}: {', '.join(own_names)})")
     if refused:
         raise UnsupportedLayerError(f"bias='all' cannot train the biases of {'; '.join(refused)}. Use 'lora_only'.")
@@ -153,20 +184,24 @@ def install_updates(
     for site in sites:
         if site.path in updates:
             update = updates[site.path].train(site.layer.training)
-            adapt(site.path, site.layer, site.ops, active).put(name, update)
+            branches = adapt(site.host, site.layer, find_ops(site.layer) or site.ops, active)
+            branches.put_update(name, site.place, site.ops, update)
 
 
-def install_biases(model: nn.Module, name: str, active: Active, paths: Sequence[str], dtype: torch.dtype) -> None:
-    """Give the layers at ``paths`` the adapter's own copy of their bias. Changes the hosts' class."""
-    for path in paths:
-        module = model.get_submodule(path)
-        ops = find_ops(module)
-        bias = getattr(module, "bias", None)
-        if ops is not None and isinstance(bias, torch.Tensor):
-            adapt(path, module, ops, active).put(name, BiasUpdate(bias, dtype))
+def install_biases(
+    model: nn.Module, name: str, active: Active, places: Mapping[str, tuple[str, str]], dtype: torch.dtype
+) -> None:
+    """Give the layers at ``places`` the adapter's own copy of their bias. Changes the hosts' class."""
+    for path, (host, place) in places.items():
+        module = model.get_submodule(host)
+        if place:
+            site = Site.at(model, path)
+            bias = site.ops.bias(module)
+            assert bias is not None
+            adapt(host, module, find_ops(module), active).put_update(name, place, site.ops, BiasUpdate(bias, dtype))
         else:
             copy = ModuleCopy(pristine_copy(module), dtype, frozenset({"bias"}))
-            adapt(path, module, ops, active).put(name, copy.train(wanted_mode(module)))
+            adapt(path, module, None, active).put(name, copy.train(wanted_mode(module)))
 
 
 def install_copies(

@@ -11,11 +11,13 @@ from torch import nn
 
 from lorakit.adapters import attached, capture
 from lorakit.adapters.attached import Attached
+from lorakit.adapters.blocks import Layers
+from lorakit.adapters.branches import Active
 from lorakit.adapters.checkpointing import InputGradients
-from lorakit.adapters.host import Active, base_parameters, keep_statistics, restore
+from lorakit.adapters.host import base_parameters, keep_statistics, leave_fast_paths, restore
 from lorakit.adapters.identity import Identity, identify
 from lorakit.adapters.state import AdapterState
-from lorakit.adapters.targets import Layers, find_full_modules, find_sites, shortest_names
+from lorakit.adapters.targets import as_entries, find_full_modules, find_sites, shortest_names
 from lorakit.errors import AdapterError, bullet_list, did_you_mean
 from lorakit.layers import Site
 from lorakit.methods import Method, find_method
@@ -36,6 +38,7 @@ class Attachments(ABC):
         self.active = Active()
         self._flags = attached.freeze_base(model)
         keep_statistics(model)
+        leave_fast_paths(model, self.active)
         self._input_gradients = InputGradients(model)
         model.__dict__["_lorakit_handle"] = self
 
@@ -68,15 +71,16 @@ class Attachments(ABC):
         """Add an adapter and make it the only one that acts. See :func:`lorakit.attach` for the arguments."""
         self._check_new(name)
         method = find_method(method)
-        full = find_full_modules(self.model, train_modules)
+        named = [*as_entries(train_modules), *method.modules_in_full(self.model)]
+        full = find_full_modules(self.model, named)
         leaves = attached.plan_copies(self.model, full)
         sites = find_sites(self.model, targets, exclude, layers, skip=full) if method.needs_sites() else []
         method.check(sites)
         biases = attached.plan_biases(self.model, sites, method.trained_biases(), full)
         entry = Attached(
             method=method,
-            paths=tuple(site.path for site in sites),
-            biases=tuple(biases),
+            sites={site.path: (site.host, site.place) for site in sites},
+            biases=biases,
             copies=tuple(leaves),
             full_modules=tuple(full),
             new_modules=tuple(new_modules),
@@ -93,13 +97,16 @@ class Attachments(ABC):
         Raises:
             TargetError: the model lacks one of its layers.
             ShapeError: a tensor does not fit its layer.
+            ConfigError: it is to be trained on, and its method cannot act on one of its layers.
         """
         self._check_new(name)
         sites, leaves, biases = capture.places(self.model, state)
+        if trainable:
+            state.method.check(sites)
         entry = Attached(
             method=state.method,
-            paths=tuple(site.path for site in sites),
-            biases=tuple(biases),
+            sites={site.path: (site.host, site.place) for site in sites},
+            biases=biases,
             copies=tuple(leaves),
             full_modules=state.full_modules,
             new_modules=() if state.identity is None else state.identity.excluded,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from lorakit.adapters.host import base_parameters
 from lorakit.adapters.state import AdapterState, SiteState
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import ShapeError, TargetError, bullet_list, did_you_mean
-from lorakit.layers import Site
+from lorakit.layers import Site, sites_of
+from lorakit.layers.ops import Runs
+from lorakit.layers.site import PART, part_site
 from lorakit.methods import Update
 
 if TYPE_CHECKING:
@@ -26,8 +28,10 @@ def capture(handle: Attachments, name: str) -> AdapterState:
     """Return an adapter as plain data: detached copies on the CPU, in the adapter's own dtype."""
     entry = handle.adapters[name]
     sites: dict[str, SiteState] = {}
+    order: dict[str, tuple[int, int]] = {}
     biases: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
+    hosts: dict[int, int] = {}
     for path, host, branch in entry.branches(handle.model, name):
         tensors = {key: _plain(tensor) for key, tensor in branch.tensors().items()}
         if isinstance(branch, ModuleCopy) and branch.only is None:
@@ -37,13 +41,15 @@ def capture(handle: Attachments, name: str) -> AdapterState:
             biases[path] = tensors.pop("bias")
         if tensors:
             site = Site.at(handle.model, path)
-            sites[path] = SiteState(site.ops.kind, tuple(site.ops.weight(host).shape), tensors)
+            shape = tuple(site.ops.weight(host).shape)
+            sites[path] = SiteState(site.ops.kind, shape, tensors, site.runs, _options(site))
+            order[path] = hosts.setdefault(id(host), len(hosts)), _position(host, site.ops.parameter)
     parts = {
         key: {inner: _plain(tensor) for inner, tensor in part.state_dict().items()} for key, part in entry.parts.items()
     }
     return AdapterState(
         method=entry.method,
-        sites=sites,
+        sites={path: sites[path] for path in sorted(sites, key=lambda path: order[path])},
         biases=biases,
         modules=modules,
         parts=parts,
@@ -51,6 +57,24 @@ def capture(handle: Attachments, name: str) -> AdapterState:
         full_modules=entry.full_modules,
         identity=handle.identity(name),
     )
+
+
+def _position(host: nn.Module, parameter: str) -> int:
+    """Return the place of a parameter among its module's own; those of modules below it come last."""
+    names = list(host._parameters)
+    return names.index(parameter) if parameter in names else len(names)
+
+
+def _options(site: Site) -> dict[str, Any]:
+    """Return the options of a layer that decide what its matrix means and that its kind does not say."""
+    layer = site.layer
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        plain = {"groups": 1, "dilation": (1,) * len(layer.kernel_size), "padding_mode": "zeros"}
+        found = {"groups": layer.groups, "dilation": tuple(layer.dilation), "padding_mode": layer.padding_mode}
+        return {name: value for name, value in found.items() if value != plain[name]}
+    if site.ops.kind in ("experts", "parameter") and site.ops.matrix_shape(layer, (1, 2))[1] == 1:
+        return {"transposed": True}
+    return {}
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -82,41 +106,90 @@ def dtype_of(state: AdapterState) -> torch.dtype:
     return functools.reduce(torch.promote_types, found) if found else torch.float32
 
 
-def places(model: nn.Module, state: AdapterState) -> tuple[list[Site], dict[str, nn.Module], list[str]]:
+Places = dict[str, tuple[str, str]]
+
+
+def places(model: nn.Module, state: AdapterState) -> tuple[list[Site], dict[str, nn.Module], Places]:
     """Find a saved adapter's sites, modules trained in full, and further biases in a model.
 
     Raises:
         TargetError: the model lacks some of them.
-        ShapeError: a layer is of another kind or size.
+        ShapeError: a layer is of another kind or size, or a fused projection is split otherwise.
     """
     modules = base_modules(model)
-    wanted = [*state.sites, *state.modules, *state.biases]
-    missing = [path for path in dict.fromkeys(wanted) if path not in modules]
+    known = {path: site for name, module in modules.items() for path, site in sites_of(model, name, module).items()}
+    found: dict[str, Site] = {}
+    missing: list[str] = []
+    for path in (*state.sites, *state.biases):
+        site = _site(model, path, state.sites[path].runs if path in state.sites else None, known)
+        if site is not None:
+            found[path] = site
+        elif path not in modules or path in state.sites:
+            missing.append(path)
+    missing += [path for path in state.modules if path not in modules]
     if missing:
-        raise TargetError(
-            bullet_list(
-                [f"the adapter has a layer '{p}' that this model lacks.{did_you_mean(p, modules)}" for p in missing[:8]]
-            )
-        )
-    sites = [Site.at(model, path) for path in modules if path in state.sites]
-    problems = [problem for site in sites if (problem := _misfit(site, state.sites[site.path])) is not None]
+        names = {*modules, *known}
+        lines = [f"the adapter has a layer '{p}' that this model lacks.{did_you_mean(p, names)}" for p in missing[:8]]
+        raise TargetError(bullet_list(lines))
+    problems = [problem for path in state.sites if (problem := _misfit(found[path], state.sites[path])) is not None]
     if problems:
         raise ShapeError(bullet_list(problems[:8]))
+    order = {path: i for i, path in enumerate(modules)}
+    sites = sorted((found[path] for path in state.sites), key=lambda site: order[site.host])
     leaves = {path: modules[path] for path in modules if path in state.modules}
-    biases = [path for path in state.biases if path not in state.sites]
+    others = [path for path in state.biases if path not in state.sites]
+    biases = {path: (found[path].host, found[path].place) if path in found else (path, "") for path in others}
     return sites, leaves, biases
 
 
+def _site(model: nn.Module, path: str, runs: Runs | None, known: Mapping[str, Site]) -> Site | None:
+    """Return the site at a saved path, or None where the model has no such layer or weight."""
+    if path in known:
+        return known[path]
+    part = PART.fullmatch(path)
+    whole = path if part is None else part["path"]
+    if whole not in known:
+        host, _, name = whole.rpartition(".")
+        layer = dict(model.named_modules()).get(host)
+        if layer is None or name not in layer._parameters:
+            return None
+    if part is None:
+        return Site.at(model, path)
+    split = part_site(model, known.get(whole) or Site.at(model, whole), part["parts"])
+    if runs is not None and split.runs != runs:
+        raise ShapeError(
+            f"the adapter belongs to another split of '{whole}': its part '{part['parts']}' is rows "
+            f"{_rows(runs)}, here {_rows(split.runs)}."
+        )
+    return split
+
+
+def _rows(runs: Runs | None) -> str:
+    if runs is None:
+        return "all rows"
+    shown = ", ".join(f"{start}:{stop}" for start, stop in runs[:3])
+    return shown + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+
+
+# What a file may call one of the other: only the model tells them apart.
+_ALIKE = ({"linear", "transposed"}, {"embedding", "scaled_embedding"}, {"experts", "parameter"})
+
+
 def _misfit(site: Site, saved: SiteState) -> str | None:
-    linear = {"linear", "transposed"}
-    if site.ops.kind != saved.kind and not {site.ops.kind, saved.kind} <= linear:
+    if site.ops.kind != saved.kind and not any({site.ops.kind, saved.kind} <= kinds for kinds in _ALIKE):
         return f"'{site.path}' is of kind {site.ops.kind} here, but {saved.kind} in the adapter"
     shape = tuple(site.ops.weight(site.layer).shape)
-    if len(shape) > 2 and shape[1:] != tuple(saved.weight_shape)[1:]:
+    native = len(saved.weight_shape) > 2  # a file may know no more than (d_out, d_in)
+    if native and len(shape) > 2 and shape[1:] != tuple(saved.weight_shape)[1:]:
         return f"'{site.path}' has a weight of shape {shape} here, {tuple(saved.weight_shape)} in the adapter"
     A, B = saved.tensors.get("A"), saved.tensors.get("B")
-    if A is not None and B is not None and (B.shape[0], A.shape[1]) != (site.d_out, site.d_in):
-        return f"'{site.path}' is {site.d_out} x {site.d_in} here, but {B.shape[0]} x {A.shape[1]} in the adapter"
+    if A is not None and B is not None and (B.shape[-2], A.shape[-1]) != (site.d_out, site.d_in):
+        if site.ops.input_is_index and B.shape[-2] == site.d_out:
+            return (
+                f"'{site.path}' has {site.d_in} tokens here, but {A.shape[-1]} in the adapter: "
+                f"call model.resize_token_embeddings({A.shape[-1]}) first"
+            )
+        return f"'{site.path}' is {site.d_out} x {site.d_in} here, but {B.shape[-2]} x {A.shape[-1]} in the adapter"
     return None
 
 
@@ -130,6 +203,10 @@ def fill(handle: Attachments, name: str, state: AdapterState) -> None:
     entry = handle.adapters[name]
     for path, _, branch in entry.branches(handle.model, name):
         given = dict(state.sites[path].tensors) if path in state.sites and isinstance(branch, Update) else {}
+        runs = state.sites[path].runs if path in state.sites else None
+        if runs is not None and (own := Site.at(handle.model, path).runs) != runs:
+            problems.append(f"'{path}' is rows {_rows(own)} here, but {_rows(runs)} in the adapter: another split")
+            continue
         if path in state.biases:
             given["bias"] = state.biases[path]
         if path in state.modules:

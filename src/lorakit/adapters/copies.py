@@ -8,10 +8,12 @@ weigh and merge like any update.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
 
@@ -33,7 +35,7 @@ class ModuleCopy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the copy; its parameters are rounded to the input's dtype where that differs."""
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()), None)
+        given = next(_float_inputs(args, kwargs), None)
         parameters = dict(self.module.named_parameters())
         dtype = next(iter(parameters.values())).dtype
         if given is None or given.dtype == dtype or torch.is_autocast_enabled(given.device.type):
@@ -44,8 +46,7 @@ class ModuleCopy(nn.Module):
     def in_place_of(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the copy where ``host`` would run: an output that follows from no float input has the host's dtype."""
         out = self(*args, **kwargs)
-        floats = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
-        if floats or not isinstance(out, Tensor):
+        if any(True for _ in _float_inputs(args, kwargs)) or not isinstance(out, Tensor):
             return out
         return out.to(next(host.parameters()).dtype)
 
@@ -61,6 +62,14 @@ class ModuleCopy(nn.Module):
         """Return what a saved adapter keeps of this module: its parameters and persistent buffers."""
         state = self.module.state_dict(keep_vars=True)
         return state if self.only is None else {name: state[name] for name in sorted(self.only)}
+
+
+def _float_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the floating-point tensors among a call's arguments, also that of a packed sequence."""
+    for value in (*args, *kwargs.values()):
+        tensor = value.data if isinstance(value, PackedSequence) else value
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            yield tensor
 
 
 def leaf_modules(root: nn.Module, path: str) -> dict[str, nn.Module]:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from lorakit.adapters import capture, merging
 from lorakit.adapters.attached import Counts
 from lorakit.adapters.attachments import Attachments
+from lorakit.adapters.blocks import Layers
+from lorakit.adapters.coverage import Coverage, coverage
 from lorakit.adapters.identity import digest
 from lorakit.adapters.merging import Merged
 from lorakit.adapters.routing import Route, Routing
 from lorakit.adapters.state import AdapterState
-from lorakit.adapters.targets import Coverage, Layers, coverage
 from lorakit.adapters.verification import Verification, verify
 from lorakit.errors import AdapterError, MergeError, quoted
 from lorakit.layers import Site

@@ -3,142 +3,20 @@
 Attaching changes the module's class to ``AdaptedX(Adapted, X)``. The object stays where it is in the
 tree, it is still an ``X``, and every key of its state stays what it was; the adapters' parameters
 live in one child called ``lorakit``. The class survives ``deepcopy``, ``pickle`` and ``torch.save``.
-
-One forward, no modes: ``out = base(x)``, then each active adapter adds its difference from that same
-output to its positions.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from lorakit.adapters.copies import ModuleCopy
-from lorakit.adapters.routing import Routing
-from lorakit.errors import RoutingError, UnsupportedLayerError
-from lorakit.layers import LayerOps, add_update
+from lorakit.adapters.branches import Active, Branches
+from lorakit.errors import UnsupportedLayerError
+from lorakit.layers import LayerOps
 from lorakit.layers.ops import host_class
-from lorakit.methods import Selection, Update
-
-
-@dataclass
-class Active(Selection):
-    """What acts in a model now; one object is shared by all hosts.
-
-    Attributes:
-        strengths: a lasting factor per adapter, 1.0 where none is set.
-        routing: who acts on which row or position; None where ``weights`` acts on all.
-        merged: the weights hold the updates already, so that hosts add nothing.
-    """
-
-    strengths: dict[str, float] = field(default_factory=dict)
-    routing: Routing | None = None
-    merged: bool = False
-
-    def strength(self, name: str) -> float:
-        """Return the adapter's strength on every row, 0.0 where it does not act."""
-        if self.merged or self.routing is not None:
-            return 0.0
-        return self.weights.get(name, 0.0) * self.strengths.get(name, 1.0)
-
-
-class Branches(nn.Module):
-    """The adapters' parts at one host, by adapter name."""
-
-    def __init__(self, ops: LayerOps | None, active: Active) -> None:
-        super().__init__()
-        self.ops = ops
-        self.active = active
-
-    def put(self, name: str, branch: Update | ModuleCopy) -> None:
-        """Add a part; any name will do, also one that ``nn.Module`` uses itself ('train')."""
-        self._modules[name] = branch
-
-    def drop(self, name: str) -> None:
-        """Remove a part."""
-        del self._modules[name]
-
-    def named(self) -> Mapping[str, Update | ModuleCopy]:
-        """Return the parts by adapter name."""
-        return cast("Mapping[str, Update | ModuleCopy]", self._modules)
-
-    def replacement(self) -> ModuleCopy | None:
-        """Return the one module copy that stands in for the host on all rows, or None."""
-        if self.active.merged or self.active.routing is not None:
-            return None
-        acting = [name for name in self._modules if self.active.strength(name) != 0.0]
-        if len(acting) != 1 or self.active.strength(acting[0]) != 1.0:
-            return None
-        branch = self._modules[acting[0]]
-        return branch if isinstance(branch, ModuleCopy) else None
-
-    def add_to(self, host: nn.Module, base_out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the base's output with every active adapter's difference added."""
-        if self.active.merged:
-            return base_out
-        if self.active.routing is not None:
-            return self._routed(self.active.routing, host, base_out, args, kwargs)
-        out = base_out
-        for name in self._modules:
-            weight = self.active.strength(name)
-            if weight != 0.0:
-                out = self._add(name, host, base_out, out, args, kwargs, weight)
-        return out
-
-    def _add(
-        self,
-        name: str,
-        host: nn.Module,
-        base_out: Any,
-        out: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        weight: float,
-    ) -> Any:
-        branch = self._modules[name]
-        if isinstance(branch, ModuleCopy):
-            own = branch.in_place_of(host, args, kwargs)
-            if not isinstance(own, Tensor) or own.shape != base_out.shape:
-                raise RoutingError(
-                    f"adapter '{name}' replaces a {host_class(host).__name__} by one of another output; "
-                    "it can act alone at strength 1, but not be mixed, weighted or routed."
-                )
-            return out + weight * (own - base_out)
-        assert self.ops is not None
-        assert isinstance(branch, Update)
-        x = args[0] if args else next(iter(kwargs.values()))
-        terms = branch.terms(self.ops, host)
-        return add_update(self.ops, host, x, base_out, out, terms, weight, branch.training)
-
-    def _routed(
-        self,
-        routing: Routing,
-        host: nn.Module,
-        base_out: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        """Add each adapter's difference to its own rows or positions; all others keep the base's bits."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        leading = self.ops.positions(host, x) if self.ops is not None else tuple(x.shape[:1])
-        out = base_out
-        for name in routing.names:
-            if name not in self._modules:
-                continue
-            places, depth = routing.places(name, leading, x.device)
-            if len(places) == 0:
-                continue
-            x_rows = x.flatten(0, depth - 1).index_select(0, places)
-            base_rows = base_out.flatten(0, depth - 1).index_select(0, places)
-            weight = self.active.strengths.get(name, 1.0)
-            changed = self._add(name, host, base_rows, base_rows, (x_rows,), {}, weight)
-            flat = out.flatten(0, depth - 1).index_copy(0, places, changed.to(out.dtype))
-            out = flat.view(out.shape)
-        return out
 
 
 class Adapted:
@@ -147,12 +25,11 @@ class Adapted:
     lorakit: Branches
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the host, then add what the active adapters say."""
+        """Run the host with what the active adapters say."""
         stand_in = self.lorakit.replacement()
         if stand_in is not None:
             return stand_in.in_place_of(cast(nn.Module, self), args, kwargs)
-        base_out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self.lorakit.add_to(cast(nn.Module, self), base_out, args, kwargs)
+        return self.lorakit.run(cast(nn.Module, self), super().forward, args, kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (adapted_class, host_class(cast(nn.Module, self))), _state_of(cast(nn.Module, self))
@@ -177,6 +54,39 @@ class KeepsStatistics:
         return _rebuild, (keeping_class, host_class(cast(nn.Module, self))), _state_of(cast(nn.Module, self))
 
 
+# What a module of torch asks before it computes with its children's weights itself, past their forward.
+_FAST_PATHS: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+
+
+class WithoutFastPath:
+    """Put on top of torch's encoder and its layers: while an adapter acts, every child runs its own forward.
+
+    The base's rows in a mixed batch then come from that path too: the fast one's numbers but for their rounding,
+    and at padded positions numbers where the fast one has zeros.
+    """
+
+    _lorakit_active: Active
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, on its fast path only where no adapter acts."""
+        run = super().forward  # type: ignore[misc]
+        if not self._lorakit_active.acts():
+            return run(*args, **kwargs)
+        switch = next(name for kind, name in _FAST_PATHS.items() if isinstance(self, kind))
+        kept = getattr(self, switch)
+        setattr(self, switch, False)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            setattr(self, switch, kept)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (slow_class, host_class(cast(nn.Module, self))), _state_of(cast(nn.Module, self))
+
+
 _CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {}
 
 
@@ -189,6 +99,11 @@ def adapted_class(host: type[nn.Module]) -> type[nn.Module]:
 def keeping_class(host: type[nn.Module]) -> type[nn.Module]:
     """Return the class ``Keeping<Host>(KeepsStatistics, Host)``."""
     return _class_on_top("Keeping", (KeepsStatistics,), host)
+
+
+def slow_class(host: type[nn.Module]) -> type[nn.Module]:
+    """Return the class ``Slow<Host>(WithoutFastPath, Host)``."""
+    return _class_on_top("Slow", (WithoutFastPath,), host)
 
 
 def _class_on_top(word: str, top: tuple[type, ...], host: type[nn.Module]) -> type[nn.Module]:
@@ -205,6 +120,15 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 def _rebind(module: nn.Module) -> None:
     """Let accelerate's hook, which calls what it once replaced, call the module's class's forward."""
     module.__dict__["_old_forward"] = functools.partial(type(module).forward, module)
+
+
+def _become_again(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module the class from before, with accelerate's hook as it is now: there, or gone meanwhile."""
+    if _calls(module.__dict__.get("forward"), type(module).forward):
+        del module.__dict__["forward"]  # left by a hook that came and went while the class was on top
+    _become(module, kind)
+    if "_old_forward" in module.__dict__:
+        _rebind(module)
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
@@ -245,17 +169,16 @@ def unadapt(module: nn.Module) -> None:
     if not isinstance(module, Adapted):
         return
     del module._modules["lorakit"]
-    if _calls(module.__dict__.get("forward"), type(module).forward):
-        del module.__dict__["forward"]  # left by a hook of accelerate's that came and went meanwhile
     host = host_class(module)
-    _become(module, keeping_class(host) if "_lorakit_mode" in module.__dict__ else host)
-    if "_old_forward" in module.__dict__:
-        _rebind(module)
+    _become_again(module, keeping_class(host) if "_lorakit_mode" in module.__dict__ else host)
 
 
 def restore(module: nn.Module) -> None:
-    """Undo :func:`adapt` and :func:`keep_statistics`: the module is what it was."""
+    """Undo :func:`adapt`, :func:`keep_statistics` and :func:`leave_fast_paths`: the module is what it was."""
     unadapt(module)
+    if isinstance(module, WithoutFastPath):
+        _become_again(module, host_class(module))
+        del module.__dict__["_lorakit_active"]
     if isinstance(module, KeepsStatistics):
         _become(module, host_class(module))
         module.training = module.__dict__.pop("_lorakit_mode")
@@ -274,6 +197,21 @@ def keep_statistics(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             _become(module, keeping_class(type(module)))
             module.train(module.training)
+
+
+def leave_fast_paths(model: nn.Module, active: Active) -> None:
+    """Keep torch's encoder and its layers from reading their children's weights while an adapter acts.
+
+    Changes their class; also of subclasses, whose own forward may call torch's. One whose switch is missing
+    is left as it is.
+    """
+    for module in model.modules():
+        for kind, switch in _FAST_PATHS.items():
+            if isinstance(module, kind) and switch in module.__dict__ and not isinstance(module, WithoutFastPath):
+                module.__dict__["_lorakit_active"] = active
+                _become(module, slow_class(type(module)))
+                if "_old_forward" in module.__dict__:
+                    _rebind(module)
 
 
 def _calls(forward: Any, function: Any) -> bool:

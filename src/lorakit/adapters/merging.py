@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.branches import Branch, Branches, Updates, total_difference
 from lorakit.adapters.copies import ModuleCopy
-from lorakit.adapters.host import Branches, hosts
+from lorakit.adapters.host import hosts
 from lorakit.adapters.targets import tied_names
 from lorakit.errors import AdapterError, MergeError, did_you_mean, quoted
 from lorakit.layers import LayerOps, Site
@@ -49,13 +50,14 @@ class Merged:
 def delta(handle: Attachments, path: str, name: str) -> Tensor:
     """Return one layer's update as a matrix in fp32, ``[d_out, d_in]``, at strength 1."""
     branches = {p: (host, b) for p, host, b in handle.adapters[name].branches(handle.model, name)}
-    if path not in branches:
+    known = any(p == path or (isinstance(b, ModuleCopy) and path.startswith(f"{p}.")) for p, (_, b) in branches.items())
+    if not known:
         raise AdapterError(f"adapter '{name}' has no update at '{path}'.{did_you_mean(path, branches)}")
-    host, branch = branches[path]
     site = Site.at(handle.model, path)
+    host, branch = branches.get(path) or branches[site.host]
     if isinstance(branch, Update):
         return branch.terms(site.ops, host).delta(site.matrix())
-    own = branch.module.get_parameter("weight").detach()
+    own = branch.module.get_parameter(site.ops.parameter).detach()
     return site.ops.as_matrix(host, own.float()) - site.matrix().float()
 
 
@@ -93,7 +95,7 @@ def merge(handle: Attachments, keep: str) -> Merged:
     return merged
 
 
-def _acting(branches: Branches, weights: Mapping[str, float]) -> dict[str, Update | ModuleCopy]:
+def _acting(branches: Branches, weights: Mapping[str, float]) -> dict[str, Branch]:
     return {name: branch for name, branch in branches.named().items() if name in weights}
 
 
@@ -128,12 +130,18 @@ def _check(handle: Attachments, weights: Mapping[str, float]) -> None:
                 f"'{path}' is trained in full and not linear in its weights: "
                 f"merge {quoted(copies)} alone, at strength 1."
             )
-        if acting and branches.ops is not None and host._parameters.get("weight") is None:
+        updates = [branch for _, branch in acting if isinstance(branch, Updates)]
+        if any(not _is_parameter(host, ops.parameter) for update in updates for ops, _ in update.each()):
             raise MergeError(f"'{path}' computes its weight (a parametrization): it cannot be merged into.")
 
 
+def _is_parameter(host: nn.Module, name: str) -> bool:
+    module, last = _holder(host, name)
+    return module._parameters.get(last) is not None
+
+
 def _linear_in_parameters(host: nn.Module, ops: LayerOps | None) -> bool:
-    """Tell whether the output is linear in the parameters: a layer with ops, or a norm without statistics."""
+    """Tell whether differences of the parameters add up: a layer with ops, or a norm without statistics."""
     norm = host_class(host).__name__.endswith("Norm") and not any(True for _ in host.buffers(recurse=False))
     return ops is not None or (norm and all(parameter.dim() == 1 for parameter in host.parameters(recurse=False)))
 
@@ -143,7 +151,7 @@ def _merged_values(
     path: str,
     host: nn.Module,
     ops: LayerOps | None,
-    acting: Mapping[str, Update | ModuleCopy],
+    acting: Mapping[str, Branch],
     weights: Mapping[str, float],
 ) -> dict[tuple[nn.Module, str, str], Tensor]:
     """Return the host's new tensors by holding module, tensor name, and path below the host."""
@@ -151,32 +159,10 @@ def _merged_values(
     if isinstance(sole, ModuleCopy):
         values = {key: tensor.detach() for key, tensor in sole.tensors().items()}
         return {(*_holder(host, key), key): _rounded(path, value, _at(host, key)) for key, value in values.items()}
-    total: dict[str, Tensor] = {}
-    for name, branch in acting.items():
-        for key, difference in _differences(host, ops, branch).items():
-            total[key] = total[key] + weights[name] * difference if key in total else weights[name] * difference
     found = {}
-    for key, difference in total.items():
+    for key, difference in total_difference(host, acting, {name: weights[name] for name in acting}).items():
         base = _at(host, key)
         found[(*_holder(host, key), key)] = _rounded(path, base.to(difference.dtype) + difference, base)
-    return found
-
-
-def _differences(host: nn.Module, ops: LayerOps | None, branch: Update | ModuleCopy) -> dict[str, Tensor]:
-    """Return what one branch adds to the host's tensors at strength 1, in fp32 and native shape."""
-    if isinstance(branch, ModuleCopy):
-        return {
-            key: parameter.detach().to(_wide(_at(host, key))) - _at(host, key).to(_wide(_at(host, key)))
-            for key, parameter in branch.own_parameters().items()
-        }
-    assert ops is not None
-    W = ops.weight(host).detach()
-    terms = branch.terms(ops, host)
-    found = {}
-    if terms.A is not None:
-        found["weight"] = ops.as_weight(host, terms.delta(ops.as_matrix(host, W)))
-    if terms.bias_shift is not None:
-        found["bias"] = terms.bias_shift.detach().to(_wide(W))
     return found
 
 
@@ -216,13 +202,13 @@ def _put(module: nn.Module, key: str, value: Tensor, in_place: bool) -> Tensor:
         return buffer
     if in_place and original.shape == value.shape:
         original.data.copy_(value)
-    else:
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    else:  # by setattr: recurrent layers keep a list of their weights, which must follow
+        setattr(module, key, nn.Parameter(value, requires_grad=False))
     return original
 
 
 def _set(module: nn.Module, key: str, original: Tensor) -> None:
     if isinstance(original, nn.Parameter):
-        module._parameters[key] = original
+        setattr(module, key, original)
     else:
         module._buffers[key] = original

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from lorakit.adapters.identity import Identity
+from lorakit.layers.ops import Runs
 from lorakit.methods import Method
 
 
@@ -19,12 +21,18 @@ class SiteState:
         kind: the layer's kind (``LayerOps.kind``); 'linear' from a file that does not tell 'transposed'.
         weight_shape: the base weight's native shape where it is known (a convolution's kernel is needed
             to write it), else ``(d_out, d_in)``.
-        tensors: by name, as matrices: ``A[rank, d_in]``, ``B[d_out, rank]``, and the method's others.
+        tensors: by name, as matrices: ``A[rank, d_in]``, ``B[d_out, rank]``, and the method's others; with the
+            leading dimension ``[E]`` where the weight is a stack.
+        runs: which rows ``[start, stop)`` of the weight as a matrix, where the site is a part of a fused one.
+        options: what else decides the matrix's meaning, where it is not the default: a convolution's groups,
+            dilation and padding mode; ``transposed`` of a parameter that is stored as ``[..., d_in, d_out]``.
     """
 
     kind: str
     weight_shape: tuple[int, ...]
     tensors: Mapping[str, Tensor]
+    runs: Runs | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,8 @@ class AdapterState:
 
     Attributes:
         method: the method with its settings.
-        sites: tensors by layer path.
-        biases: the adapter's own bias copies by layer path, ``[d_out]``.
+        sites: tensors by layer path, those of one module in the order of its parameters.
+        biases: the adapter's own bias copies by layer path, ``[d_out]``, or ``[E, d_out]`` of a stack.
         modules: modules trained in full: tensors by name, by path of the module that holds them.
         parts: tensors of parts that act on the model as a whole, by part name and tensor name.
         targets: names that, matched as exact paths or suffixes, mean the sites.

@@ -25,4 +25,5 @@ class Gaussian(Init):
         """Return the starting pair, see :class:`Init`."""
         if site.ops.input_is_index:
             return reversed_start(site, rank, generator)
-        return torch.randn(rank, site.d_in, generator=generator) / rank, torch.zeros(site.d_out, rank)
+        A = torch.randn(*site.stack, rank, site.d_in, generator=generator) / rank
+        return A, torch.zeros(*site.stack, site.d_out, rank)

@@ -30,7 +30,7 @@ class Init(Settings):
 
     @abstractmethod
     def draw(self, site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return ``(A[rank, d_in], B[d_out, rank])`` in fp32."""
+        """Return ``(A[rank, d_in], B[d_out, rank])`` in fp32, with ``site.stack`` in front."""
 
 
 @functools.cache

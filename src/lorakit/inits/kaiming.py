@@ -34,5 +34,5 @@ class Kaiming(Init):
         if site.ops.input_is_index:
             return reversed_start(site, rank, generator)
         bound = 1.0 / math.sqrt(site.d_in)
-        A = torch.empty(rank, site.d_in).uniform_(-bound, bound, generator=generator)
-        return A, torch.zeros(site.d_out, rank)
+        A = torch.empty(*site.stack, rank, site.d_in).uniform_(-bound, bound, generator=generator)
+        return A, torch.zeros(*site.stack, site.d_out, rank)

@@ -6,19 +6,21 @@ whole update, scaled by ``1 / (1 - p)``.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lorakit.layers.ops import LayerOps
+from lorakit.layers.ops import BranchOps
 
 
-class EmbeddingOps(LayerOps):
+class EmbeddingOps(BranchOps):
     """Down is a look-up in A's columns, up a product."""
 
     kind = "embedding"
-    hosts = ("torch.nn.modules.sparse.Embedding",)
+    hosts: ClassVar[tuple[str, ...]] = ("torch.nn.modules.sparse.Embedding",)
     input_is_index = True
 
     def refusal(self, layer: nn.Module) -> str | None:
@@ -28,7 +30,7 @@ class EmbeddingOps(LayerOps):
         return None
 
     @override
-    def matrix_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, int]:
+    def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
         vocabulary, width = weight_shape
         return width, vocabulary
 
@@ -41,14 +43,14 @@ class EmbeddingOps(LayerOps):
         return matrix.t()
 
     @override
-    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor) -> Tensor:
         assert isinstance(layer, nn.Embedding)
         return F.embedding(x, A.t(), padding_idx=layer.padding_idx)
 
     @override
-    def dropped_down(self, layer: nn.Module, x: Tensor, A: Tensor, p: float) -> Tensor:
+    def dropped_down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor, p: float) -> Tensor:
         keep = F.dropout(torch.ones(x.shape, dtype=A.dtype, device=A.device), p, training=True)
-        return self.down(layer, x, A) * keep[..., None]
+        return self.down(layer, x, A, like) * keep[..., None]
 
     @override
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
@@ -59,5 +61,5 @@ class EmbeddingOps(LayerOps):
         return values
 
     @override
-    def positions(self, layer: nn.Module, x: Tensor) -> tuple[int, ...]:
+    def positions(self, layer: nn.Module, x: Any) -> tuple[int, ...]:
         return tuple(x.shape)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lorakit.layers.ops import LayerOps, flat_positions
+from lorakit.layers.ops import BranchOps, flat_positions
 
 
-class LinearOps(LayerOps):
+class LinearOps(BranchOps):
     """The weight already is the matrix."""
 
     kind = "linear"
-    hosts = ("torch.nn.modules.linear.Linear",)
+    hosts: ClassVar[tuple[str, ...]] = ("torch.nn.modules.linear.Linear",)
     matrix_input = True
 
     @override
-    def matrix_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, int]:
+    def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
         d_out, d_in = weight_shape
         return d_out, d_in
 
@@ -31,15 +33,15 @@ class LinearOps(LayerOps):
         return matrix
 
     @override
-    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor) -> Tensor:
         return F.linear(x, A)
 
     @override
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)
 
+    @override
     def accumulate(self, layer: nn.Module, out: Tensor, h: Tensor, B: Tensor, factor: float) -> Tensor:
-        """Return ``out + factor * h B^T`` in one pass over ``out``."""
         flat = torch.addmm(out.reshape(-1, out.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=factor)
         return flat.view(out.shape)
 
@@ -48,5 +50,5 @@ class LinearOps(LayerOps):
         return values
 
     @override
-    def positions(self, layer: nn.Module, x: Tensor) -> tuple[int, ...]:
+    def positions(self, layer: nn.Module, x: Any) -> tuple[int, ...]:
         return flat_positions(x.shape, 1)

@@ -3,9 +3,10 @@
     W' = row_scale * (W + scale * (out_gain * B) (rank_gain * A))        [d_out, d_in]
     b' = b + bias_shift                                                  [d_out]
 
-LoRA uses ``A``, ``B`` and ``scale`` (Hu et al. 2021, arXiv 2106.09685, eq. 3); DoRA adds
-``row_scale``; rank-masked methods use ``rank_gain``; VeRA both gains. The plain forward below, the
-dense ``delta`` and every fast path say the same thing; tests hold them to each other.
+A stack of matrices (experts) has the leading dimension ``[E]`` on every tensor. LoRA uses ``A``, ``B`` and
+``scale`` (Hu et al. 2021, arXiv 2106.09685, eq. 3); DoRA adds ``row_scale``; rank-masked methods use
+``rank_gain``; VeRA both gains. The plain forward below, the dense ``delta`` and every fast path say the
+same thing; tests hold them to each other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.ops import LayerOps
+from lorakit.layers.ops import BranchOps
 
 
 @dataclass(frozen=True)
@@ -47,35 +48,46 @@ class Terms:
     dropout: float = 0.0
 
     def low_rank(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return factors ``(A', B')`` with every gain and the scale in them: ``B' A'`` is the low-rank part."""
-        assert self.A is not None
-        assert self.B is not None
-        A, B = self.A.detach().to(dtype), self.B.detach().to(dtype) * self.scale
-        if self.rank_gain is not None:
-            A = A * self.rank_gain.detach().to(dtype)[:, None]
-        if self.out_gain is not None:
-            B = B * self.out_gain.detach().to(dtype)[:, None]
-        return A, B
+        """Return detached factors ``(A', B')`` with all gains and the scale in them: ``B' A'`` is the low-rank part."""
+        with torch.no_grad():
+            A, B = self._factors(dtype)
+        return A.detach(), B.detach()
 
     def delta(self, W: Tensor) -> Tensor:
-        """Return ``W' - W`` in fp32, or in fp64 for an fp64 weight.
+        """Return ``W' - W``, detached, in fp32, or in fp64 for an fp64 weight.
 
         Args:
             W: the base weight as a matrix, ``[d_out, d_in]``, any float dtype.
         """
+        with torch.no_grad():
+            return self.change(W.detach())
+
+    def change(self, W: Tensor) -> Tensor:
+        """Return ``W' - W`` as :meth:`delta` does, differentiable in the update's tensors."""
         dtype = torch.promote_types(W.dtype, torch.float32)
         if self.A is None:
             return torch.zeros(W.shape, dtype=dtype, device=W.device)
-        A, B = self.low_rank(dtype)
-        low = B @ A
+        A, B = self._factors(dtype)
+        with torch.autocast(W.device.type, enabled=False):  # what is merged must not depend on who runs it
+            low = B @ A
         if self.row_scale is None:
             return low
         base = W.to(dtype)
-        return self.row_scale.detach().to(dtype)[:, None] * (base + low) - base
+        return self.row_scale.to(dtype)[..., :, None] * (base + low) - base
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert self.A is not None
+        assert self.B is not None
+        A, B = self.A.to(dtype), self.B.to(dtype) * self.scale
+        if self.rank_gain is not None:
+            A = A * self.rank_gain.to(dtype)[..., :, None]
+        if self.out_gain is not None:
+            B = B * self.out_gain.to(dtype)[..., :, None]
+        return A, B
 
 
 def add_update(
-    ops: LayerOps,
+    ops: BranchOps,
     layer: nn.Module,
     x: Tensor,
     base_out: Tensor,
@@ -100,23 +112,40 @@ def add_update(
         A tensor of ``out``'s shape and dtype. The factors are rounded to that dtype for the products;
         parameters and their gradients keep their own.
     """
-    dtype = base_out.dtype
     if terms.A is not None and terms.B is not None:
-        A, B = terms.A.to(dtype), terms.B.to(dtype)
-        p = terms.dropout if training else 0.0
-        h = ops.dropped_down(layer, x, A, p) if p > 0.0 else ops.down(layer, x, A)
-        if terms.rank_gain is not None:
-            h = h * ops.channelwise(layer, terms.rank_gain.to(dtype))
-        if terms.out_gain is not None:
-            B = B * terms.out_gain.to(dtype)[:, None]
-        if terms.row_scale is None:
-            out = ops.accumulate(layer, out, h, B, terms.scale * weight)
-        else:
-            bias = ops.bias(layer)
-            product = base_out if bias is None else base_out - ops.channelwise(layer, bias.to(dtype))
-            update = ops.up(layer, h * terms.scale, B).to(dtype)
-            gain = ops.channelwise(layer, terms.row_scale.to(dtype))
-            out = out + weight * (gain * (product + update) - product)
+        out = _add_product(ops, layer, x, base_out, out, terms, weight, training)
     if terms.bias_shift is not None:
-        out = out + ops.channelwise(layer, (weight * terms.bias_shift).to(dtype))
+        shift = ops.channelwise(layer, (weight * terms.bias_shift).to(base_out.dtype))
+        out = ops.widen(layer, out, ops.narrow(layer, out) + shift)
     return out
+
+
+def _add_product(
+    ops: BranchOps,
+    layer: nn.Module,
+    x: Tensor,
+    base_out: Tensor,
+    out: Tensor,
+    terms: Terms,
+    weight: float,
+    training: bool,
+) -> Tensor:
+    """Return ``out + weight * (W' - W) x``."""
+    assert terms.A is not None
+    assert terms.B is not None
+    dtype = base_out.dtype
+    A, B = terms.A.to(dtype), terms.B.to(dtype)
+    p = terms.dropout if training else 0.0
+    h = ops.dropped_down(layer, x, A, base_out, p) if p > 0.0 else ops.down(layer, x, A, base_out)
+    if terms.rank_gain is not None:
+        h = h * ops.rankwise(layer, terms.rank_gain.to(dtype))
+    if terms.out_gain is not None:
+        B = B * terms.out_gain.to(dtype)[:, None]
+    if terms.row_scale is None:
+        return ops.accumulate(layer, out, h, B, terms.scale * weight)
+    product, bias = ops.narrow(layer, base_out), ops.bias(layer)
+    if bias is not None:
+        product = product - ops.channelwise(layer, bias.to(dtype))
+    update = ops.up(layer, h * terms.scale, B).to(dtype)
+    gain = ops.channelwise(layer, terms.row_scale.to(dtype))
+    return ops.widen(layer, out, ops.narrow(layer, out) + weight * (gain * (product + update) - product))

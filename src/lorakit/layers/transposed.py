@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -12,10 +14,10 @@ class TransposedLinearOps(LinearOps):
     """As :class:`LinearOps` on the transposed weight (PEFT's ``fan_in_fan_out``)."""
 
     kind = "transposed"
-    hosts = ("transformers.pytorch_utils.Conv1D",)
+    hosts: ClassVar[tuple[str, ...]] = ("transformers.pytorch_utils.Conv1D",)
 
     @override
-    def matrix_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, int]:
+    def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
         d_in, d_out = weight_shape
         return d_out, d_in
 

@@ -34,7 +34,7 @@ class DoRAUpdate(LowRankUpdate):
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float, bias: Tensor | None, W: Tensor) -> None:
         super().__init__(A, B, scale, dropout, bias)
-        square = torch.linalg.vector_norm(W, dim=1, dtype=_wide(W)).square()
+        square = torch.linalg.vector_norm(W, dim=-1, dtype=_wide(W)).square()
         self.register_buffer("base_square", square, persistent=False)
         self.magnitude = nn.Parameter(square.sqrt().to(A.dtype))
 
@@ -51,8 +51,8 @@ class DoRAUpdate(LowRankUpdate):
         with torch.autocast(W.device.type, enabled=False):
             wide = _wide(W)
             A, B = self.A.to(wide), self.B.to(wide) * self.scale
-            cross = (W @ A.to(W.dtype).t()).to(wide)
-            square = self.base_square.to(wide) + ((2.0 * cross + B @ (A @ A.t())) * B).sum(dim=1)
+            cross = (W @ A.to(W.dtype).mT).to(wide)
+            square = self.base_square.to(wide) + ((2.0 * cross + B @ (A @ A.mT)) * B).sum(dim=-1)
             tiny = torch.finfo(torch.float32).tiny
             return square.clamp_min(tiny).sqrt()
 

@@ -23,7 +23,7 @@ import torch
 from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import Tensor, nn
 
-from lorakit.errors import ConfigError, ShapeError, TargetError, bullet_list, did_you_mean
+from lorakit.errors import ConfigError, ShapeError, TargetError, bullet_list, did_you_mean, quoted
 from lorakit.inits import Init, find_init
 from lorakit.inits.kaiming import Kaiming
 from lorakit.layers import LayerOps, Site, Terms
@@ -69,7 +69,7 @@ class LowRankUpdate(Update):
 
     def extra_repr(self) -> str:
         """Show rank and scale."""
-        return f"rank={self.A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
+        return f"rank={self.A.shape[-2]}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
 class LoRA(Method):
@@ -148,6 +148,12 @@ class LoRA(Method):
             raise TargetError(
                 bullet_list([f"pattern '{key}' matches no target.{did_you_mean(key, names)}" for key in unmatched])
             )
+        deaf = [site.path for site in sites if self.dropout > 0 and not site.ops.takes_dropout]
+        if deaf:
+            raise ConfigError(
+                f"dropout={self.dropout:g} cannot act on {quoted(deaf)}: these layers multiply by their weights "
+                "themselves, so that an update has no input of its own. Use dropout=0, or exclude them."
+            )
         problems = [
             f"rank {self.rank_at(site.path)} is above the smaller side of '{site.path}' ({site.d_out} x {site.d_in})"
             for site in sites
@@ -202,9 +208,12 @@ def lora_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def matching_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Return the value of the first key that matches ``path`` as PEFT matches, or ``default``."""
+    """Return the value of the first key that matches ``path`` as PEFT matches, or ``default``.
+
+    A key may leave out the part of a fused projection: 'c_attn' means 'c_attn[q]' too.
+    """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if re.match(rf"(.*\.)?({key})(\[.*\])?$", path):
             return value
     return default
 

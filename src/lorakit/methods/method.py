@@ -131,6 +131,10 @@ class Method(Settings):
         """Tell whether the method acts on layers (soft prompts do not)."""
         return True
 
+    def modules_in_full(self, model: nn.Module) -> list[str]:
+        """Return modules that the method trains in full, as ``train_modules`` names them."""
+        return []
+
     def trained_biases(self) -> str:
         """Return which biases get a trained copy: 'none', 'lora_only' (the targets') or 'all'."""
         return "none"
@@ -144,6 +148,13 @@ class Method(Settings):
 
     def after_step(self, updates: Mapping[str, Update], step: int) -> None:
         """Act on the updates after the optimizer's step."""
+
+    def training_state(self, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+        """Return what training must remember beside the adapter's tensors, by name, for a checkpoint."""
+        return {}
+
+    def load_training_state(self, updates: Mapping[str, Update], tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`training_state` returned; the adapter has its tensors by then."""
 
     def penalty(self, updates: Mapping[str, Update]) -> Tensor | None:
         """Return a term to add to the loss, or None."""
