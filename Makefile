@@ -23,8 +23,9 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) WORKERS=$(WORKERS) PYTEST_ARGS=... TORCH_INDEX=..."
 
-demo: $(STAMP) ## Train the packaged MiniLM on customer messages, and show what it learned
+demo: $(STAMP) ## Sort customer messages with MiniLM, then mend a network's worst digit; two reports
 	@$(BIN)/lorakit demo text
+	@$(BIN)/lorakit demo digits
 
 test: $(STAMP) ## Run the tests (without the slow ones)
 	@$(PYTEST) $(PYTEST_ARGS)
