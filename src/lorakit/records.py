@@ -77,12 +77,125 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class BaseOverlap:
+    """How an update lies to the singular directions of its base weight (Hu et al. 2021, section 7.3).
+
+    ``U, V`` are the update's own singular directions, ``U_k, V_k`` the base weight's first ones; of each
+    there are ``num_directions``. What ends in ``_random`` is the same figure for random directions.
+
+    Attributes:
+        num_directions: the update's singular values that are not zero.
+        outputs: ``||U_k^T dW||^2 / ||dW||^2``, the share of the update that writes to the base's first directions.
+        inputs: ``||dW V_k||^2 / ||dW||^2``, the share that reads from them.
+        both: ``||U_k^T dW V_k||^2 / ||dW||^2``.
+        projected: ``||U^T W V||``, what the base weight has in the update's directions.
+        base_projected: ``||U_k^T W V_k||``, the most that any such directions have.
+        amplification: ``||dW|| / ||U^T W V||``; None where the latter is zero.
+    """
+
+    num_directions: int
+    outputs: float
+    inputs: float
+    both: float
+    outputs_random: float
+    inputs_random: float
+    both_random: float
+    projected: float
+    projected_random: float
+    base_projected: float
+    amplification: float | None
+    amplification_random: float | None
+
+
+@dataclass(frozen=True)
 class LayerSpectrum:
-    """Singular values of one layer's update, largest first, and the norm of the base weight."""
+    """Singular values of one matrix's update.
+
+    Attributes:
+        path: the layer; ``expert`` which matrix of a stack of them, else None.
+        singular_values: of the update with its scale and gains, largest first.
+        base_norm: Frobenius norm of the base weight; None where it was not read.
+        d_out, d_in: of the matrix.
+        overlap: see :class:`BaseOverlap`; None where the base weight was not read, or the update is zero.
+    """
 
     path: str
     singular_values: tuple[float, ...]
     base_norm: float | None = None
+    expert: int | None = None
+    d_out: int | None = None
+    d_in: int | None = None
+    overlap: BaseOverlap | None = None
+
+
+@dataclass(frozen=True)
+class SimilarityAt:
+    """Grassmann similarity of the first ``i`` directions of one adapter and the first ``j`` of another.
+
+    ``||U_i^T U_j||^2 / min(i, j)`` in [0, 1] (Hu et al. 2021, section 7.2, eq. 4).
+
+    Attributes:
+        A: for the right singular directions of the factors A; ``B``: for the left ones of B.
+        inputs, outputs: for the right and the left ones of the updates ``B A``.
+        inputs_random, outputs_random: what random directions have on average, ``max(i, j) / n``.
+    """
+
+    i: int
+    j: int
+    A: float
+    B: float
+    inputs: float
+    outputs: float
+    inputs_random: float
+    outputs_random: float
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """How alike two adapters' updates of one matrix are, at several numbers of directions; none where one is zero."""
+
+    path: str
+    at: tuple[SimilarityAt, ...]
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSimilarity:
+    """Two adapters side by side.
+
+    Attributes:
+        other: the folder of the other adapter; ``method`` its method's name and settings.
+        layers: the layers that both have.
+        only_here, only_there: paths that one of them has.
+    """
+
+    other: str
+    method: dict[str, Any]
+    layers: tuple[LayerSimilarity, ...]
+    only_here: tuple[str, ...] = ()
+    only_there: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterSpectrum:
+    """What a look inside the updates of a saved adapter finds.
+
+    Attributes:
+        folder: where the adapter is; ``method`` its method's name and settings.
+        layers: the spectrum of every update.
+        base: the base whose weights were read; None where none was.
+        base_missing: why not, and what to do.
+        similarity: to another adapter, where one was named.
+        notes: remarks for the reader.
+    """
+
+    folder: str
+    method: dict[str, Any]
+    layers: tuple[LayerSpectrum, ...]
+    base: str | None = None
+    base_missing: str | None = None
+    similarity: AdapterSimilarity | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

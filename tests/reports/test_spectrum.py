@@ -5,12 +5,28 @@ import math
 import pytest
 
 from lorakit.errors import ShapeError
-from lorakit.records import LayerSpectrum
+from lorakit.records import (
+    AdapterSimilarity,
+    AdapterSpectrum,
+    BaseOverlap,
+    LayerSimilarity,
+    LayerSpectrum,
+    SimilarityAt,
+    from_json,
+    to_json,
+)
 from lorakit.reports.spectrum import (
+    as_json,
+    by_kind,
+    by_path,
+    common_prefix,
     effective_rank,
     energy_kept,
+    largest_first,
     learned_layers,
+    lower_ranks,
     rank_for_energy,
+    short_names,
     update_norm,
 )
 
@@ -85,3 +101,98 @@ def test_the_relative_norm_is_unknown_without_a_base_norm() -> None:
     known, unknown = learned_layers([LayerSpectrum("a", (3.0, 4.0), 50.0), LayerSpectrum("b", (1.0,))])
     assert known.relative_norm == pytest.approx(0.1, rel=1e-12)
     assert unknown.relative_norm is None
+
+
+def test_energy_kept_at_full_rank_is_all() -> None:
+    assert energy_kept([3.0, 2.0, 0.1], 3) == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rank", "lower"), [(1, []), (2, [1]), (8, [1, 2, 4]), (12, [1, 2, 4, 8])])
+def test_lower_ranks_are_the_powers_of_two_below(rank: int, lower: list[int]) -> None:
+    assert lower_ranks(rank) == lower
+
+
+def test_numbers_below_the_block_make_no_kinds_of_their_own() -> None:
+    assert _paths("h.0.experts.0.up", "h.0.experts.1.up", "h.1.experts.0.up") == [
+        ("experts.*.up", 0),
+        ("experts.*.up", 0),
+        ("experts.*.up", 1),
+    ]
+
+
+def test_a_part_of_a_projection_is_a_kind_of_its_own() -> None:
+    assert _paths("h.0.attn.c_attn[q]", "h.0.attn.c_attn[v]") == [("attn.c_attn[q]", 0), ("attn.c_attn[v]", 0)]
+
+
+def stack(num_experts: int = 3) -> list[LayerSpectrum]:
+    return [LayerSpectrum("h.0.experts.up", (float(1 + i), 0.5), 10.0, expert=i) for i in range(num_experts)]
+
+
+def test_the_matrices_of_a_stack_are_one_line_with_their_median() -> None:
+    (line,) = by_path(learned_layers(stack()))
+    assert line.name == "h.0.experts.up"
+    assert line.median(lambda layer: layer.largest) == 2.0
+    assert line.values(lambda layer: layer.largest) == [1.0, 2.0, 3.0]
+
+
+def test_layers_of_a_kind_are_counted_once_each() -> None:
+    layers = learned_layers([*stack(), LayerSpectrum("h.1.experts.up", (1.0,))])
+    assert [(group.name, len(group.layers)) for group in by_kind(layers)] == [("experts.up", 4)]
+
+
+def test_the_largest_update_is_the_one_largest_by_its_base_weight() -> None:
+    layers = learned_layers([LayerSpectrum("a", (3.0,), 300.0), LayerSpectrum("b", (1.0,), 10.0)])
+    assert [group.name for group in largest_first(by_path(layers))] == ["b", "a"]
+
+
+def test_without_base_weights_the_largest_update_is_the_one_of_the_largest_norm() -> None:
+    layers = learned_layers([LayerSpectrum("b", (1.0,)), LayerSpectrum("a", (3.0,))])
+    assert [group.name for group in largest_first(by_path(layers))] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "prefix"),
+    [
+        (["model.layers.0.up", "model.layers.1.up"], "model.layers"),
+        (["model.layers.0.up", "lm_head"], ""),
+        (["net.0", "net.2"], "net"),
+        (["a.b"], "a"),
+    ],
+)
+def test_the_common_prefix_is_the_modules_that_hold_all(paths: list[str], prefix: str) -> None:
+    assert common_prefix(paths) == prefix
+
+
+def test_a_short_name_keeps_its_first_and_last_parts() -> None:
+    assert short_names(["attention.output.dense"], 20) == {"attention.output.dense": "attention….dense"}
+
+
+def test_names_that_would_become_one_stay_long() -> None:
+    names = ["attention.self.long.dense", "attention.output.long.dense"]
+    assert list(short_names(names, 20).values()) == names
+
+
+def test_json_has_every_matrix_of_a_stack() -> None:
+    found = as_json(AdapterSpectrum("run", {"name": "lora"}, tuple(stack())))
+    assert [layer["expert"] for layer in found["layers"]] == [0, 1, 2]
+    assert found["layers"][0]["energy_kept"] == {"1": pytest.approx(0.8), "2": pytest.approx(1.0)}
+    assert found["kinds"][0]["relative_norm"]["max"] == pytest.approx(math.hypot(3.0, 0.5) / 10.0)
+
+
+def test_json_says_what_is_not_known() -> None:
+    (layer,) = as_json(AdapterSpectrum("run", {"name": "lora"}, (LayerSpectrum("a", (0.0,)),)))["layers"]
+    assert (layer["relative_norm"], layer["overlap"], layer["block"]) == (None, None, None)
+
+
+def test_what_was_found_survives_json() -> None:
+    overlap = BaseOverlap(1, 0.1, 0.2, 0.03, 0.01, 0.02, 0.001, 0.5, 0.4, 2.0, 3.0, None)
+    alike = LayerSimilarity("a", (SimilarityAt(1, 1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),), expert=2)
+    layers = (LayerSpectrum("a", (1.0,), 2.0, 2, 8, 4, overlap), LayerSpectrum("b", (0.5,)))
+    similarity = AdapterSimilarity("other", {"name": "lora"}, (alike,), ("b",))
+    found = AdapterSpectrum("run", {"name": "lora"}, layers, "base", None, similarity, ("a note",))
+    assert from_json(AdapterSpectrum, to_json(found)) == found
+
+
+def test_what_an_earlier_version_recorded_is_read() -> None:
+    old = {"path": "a", "singular_values": [2.0, 1.0], "base_norm": 4.0}
+    assert from_json(LayerSpectrum, old) == LayerSpectrum("a", (2.0, 1.0), 4.0)

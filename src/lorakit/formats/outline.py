@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from lorakit.adapters.spectrum import singular_values
+from lorakit.adapters.spectrum import low_rank_pair, singular_values
 from lorakit.adapters.state import AdapterState, SiteState
 from lorakit.formats.peft import TENSORS
 from lorakit.formats.store import read_adapter
+from lorakit.methods import Method
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class AdaptedLayer:
         kind: the layer's kind.
         d_out, d_in: of the update as a matrix ``[d_out, d_in]``; ``rank`` its inner size, 0 where it has none.
         num_parameters: numbers that were trained for it.
-        singular_values: of ``B A`` (without the scale), largest first.
+        singular_values: of the update with its scale, largest first; of a stack of matrices the median over
+            them. Empty where the method's tensors alone do not say what the update is.
     """
 
     path: str
@@ -87,20 +89,25 @@ def describe_adapter(folder: str | Path) -> AdapterOutline:
         dtype=_dtype(state),
         num_bytes=(folder / TENSORS).stat().st_size,
         num_parameters=sum(tensor.numel() for tensor in _tensors(state)),
-        layers=tuple(_layer(path, site) for path, site in state.sites.items()),
+        layers=tuple(_layer(state.method, path, site) for path, site in state.sites.items()),
         modules=tuple(FullModule(p, sum(t.numel() for t in group.values())) for p, group in state.modules.items()),
         num_biases=len(state.biases),
     )
 
 
-def _layer(path: str, site: SiteState) -> AdaptedLayer:
+def _layer(method: Method, path: str, site: SiteState) -> AdaptedLayer:
     A, B = site.tensors.get("A"), site.tensors.get("B")
     numbers = sum(tensor.numel() for tensor in site.tensors.values())
     if A is None or B is None:
         d_out, d_in = site.weight_shape[0], math.prod(site.weight_shape[1:])
         return AdaptedLayer(path, site.kind, d_out, d_in, 0, numbers, ())
-    values = tuple(singular_values(A, B).tolist())
-    return AdaptedLayer(path, site.kind, B.shape[0], A.shape[1], A.shape[0], numbers, values)
+    pair = low_rank_pair(method, path, site)
+    values = () if pair is None else tuple(_of_one(singular_values(*pair)).tolist())
+    return AdaptedLayer(path, site.kind, B.shape[-2], A.shape[-1], A.shape[-2], numbers, values)
+
+
+def _of_one(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dim() == 1 else values.median(dim=0).values
 
 
 def _tensors(state: AdapterState) -> list[torch.Tensor]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from lorakit.records import Evaluation, LayerSpectrum, RunSummary
 from lorakit.reports import comparison, panels, wording
-from lorakit.reports.layers_panel import draw_spectrum
+from lorakit.reports.layers_panel import draw_spectrum, has_depth, heights
 from lorakit.reports.panels import Metrics
+from lorakit.reports.spectrum import learned_layers
 from lorakit.reports.theme import LIGHT, ImageKind, Theme, new_figure, to_bytes
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def before_after_bars(summary: RunSummary, kind: ImageKind = "png", theme: Theme
 
 
 def singular_values(spectra: Sequence[LayerSpectrum], kind: ImageKind = "png", theme: Theme = LIGHT) -> bytes:
-    """Draw what each layer learned: singular values, effective rank and size relative to the base weight."""
-    height = min(16.0, max(4.2, 2.4 + 1.05 * math.sqrt(len(spectra))))
-    figure = new_figure(10.0, height, theme)
+    """Draw what each layer learned: size relative to the base weight, effective rank, energy, singular values."""
+    layers = learned_layers(spectra)
+    listed = min(16.0, max(4.2, 2.4 + 1.05 * math.sqrt(len(spectra))))
+    figure = new_figure(10.0, min(16.0, sum(heights(layers))) if has_depth(layers) else listed, theme)
     draw_spectrum(figure, spectra, theme)
     return to_bytes(figure, kind)
 
