@@ -238,7 +238,7 @@ def test_every_imported_package_is_a_declared_dependency(folder: str, extras: se
     declared = [*project["dependencies"], *COMES_ALONG]
     for extra, requirements in project["optional-dependencies"].items():
         declared += requirements if extras is ... or extra in extras else []
-    own = {path.stem for path in (REPOSITORY / folder).rglob("*.py")}
+    own = {name for path in (REPOSITORY / folder).rglob("*.py") for name in (path.stem, path.parent.name)}
     found = distributions(REPOSITORY / folder) - {normalized(name) for name in [*declared, *own]}
     assert sorted(found) == []
 

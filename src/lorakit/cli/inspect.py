@@ -134,7 +134,7 @@ def show_adapter(adapter: AdapterOutline) -> None:
     print(
         f"Size     {adapter.num_parameters:,} numbers in {adapter.dtype}, {wording.size(adapter.num_bytes)}; "
         f"{wording.plural(len(adapter.layers), 'layer')}"
-        + (f", {wording.plural(adapter.num_biases, 'bias')}" if adapter.num_biases else "")
+        + (f", {wording.plural(adapter.num_biases, 'bias vector')}" if adapter.num_biases else "")
     )
     table = _table("layer", "in", "out", "rank", "effective", "numbers")
     for layer in adapter.layers:

@@ -6,6 +6,7 @@ stands in the metadata of the safetensors file, which PEFT leaves alone.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -16,19 +17,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorakit.adapters import AdapterState, SiteState
+from lorakit.adapters import AdapterState
 from lorakit.adapters.identity import Identity
 from lorakit.errors import FormatError, InputError, quoted
 from lorakit.formats.format import Files, Format
 from lorakit.formats.peft_config import (
+    OWN_TYPE,
+    at_sites,
+    config_text,
     edited_fields,
     names_in,
     parse_config,
     read_method,
     read_targets,
+    to_lora,
     write_config,
 )
-from lorakit.formats.peft_keys import PREFIX, Sorted, raise_problems, read_site, sort_keys, write_site
+from lorakit.formats.peft_keys import Sorted, base_key, raise_problems, sort_keys
+from lorakit.formats.peft_notes import Notes
+from lorakit.formats.peft_sites import ReadSites, read_sites, taken, write_sites
 from lorakit.formats.tensors import TensorFile, read_tensors
 from lorakit.methods import Method, find_method
 from lorakit.methods.lora import LoRA
@@ -82,42 +89,49 @@ class PeftFormat(Format):
 
     def encode(self, state: AdapterState) -> dict[str, str | TensorFile]:
         """Return config and tensors, see :class:`Format`."""
-        config = write_config(state, self.task_type, self.revision)
-        tensors: dict[str, Tensor] = {}
-        for path, site in state.sites.items():
-            tensors.update(write_site(path, site, state.method.peft_tensors))
-        for path, bias in state.biases.items():
-            tensors[f"{PREFIX}{path}.base_layer.bias" if path in state.sites else f"{PREFIX}{path}.bias"] = bias
+        method = to_lora(state.method)
+        written, tensors, notes = write_sites(state, method)
+        config = write_config(state, method, written, self.task_type, self.revision)
         for path, module in state.modules.items():
-            tensors.update({f"{PREFIX}{path}.{name}": tensor for name, tensor in module.items()})
+            tensors.update({base_key(f"{path}.{name}", written.wraps): tensor for name, tensor in module.items()})
         if not tensors:
             raise FormatError("the adapter has no tensors to save.")
-        return {CONFIG: config, TENSORS: TensorFile(tensors, _metadata(state, json.loads(config)["fan_in_fan_out"]))}
+        own = [path for path, note in notes.layers.items() if note.own]
+        if own:
+            _LOG.info("PEFT refuses this adapter: it cannot compute such an update of %s.", quoted(own))
+        targets = tuple(sorted(set(state.targets)))
+        notes = dataclasses.replace(
+            notes,
+            transposed=None if config["fan_in_fan_out"] else frozenset(written.transposed),
+            targets=() if read_targets(config, state.sites) == targets else targets,
+        )
+        metadata = {"format": "pt", "lorakit.method": json.dumps(method.summary()), "lorakit.version": __version__}
+        metadata |= notes.to_metadata()
+        if state.identity is not None:
+            metadata |= state.identity.to_metadata()
+        return {CONFIG: config_text(config), TENSORS: TensorFile(tensors, metadata)}
 
     def decode(self, files: Files) -> AdapterState:
         """Return what config and tensors say, see :class:`Format`."""
-        config, content, found = _parts(files)
-        method = read_method(config)
-        sites, problems = _sites(found, method, config, content.metadata)
-        biases, modules, others = _plain(found, config)
-        problems += found.problems + others
-        raise_problems(TENSORS, problems, _advice(found))
-        if not (sites or biases or modules):
+        content = _read(files)
+        config, found, read, notes = content.config, content.found, content.sites, content.notes
+        biases, modules, problems = _plain(content)
+        raise_problems(TENSORS, [*read.problems, *found.problems, *problems], _advice(found))
+        if not (read.sites or biases or modules):
             raise FormatError(f"{TENSORS}: no tensor of an adapter is in it.")
-        if isinstance(method, LoRA):
-            wrong = [
-                f"'{path}' has rank {site.tensors['A'].shape[0]}, the config says {method.rank_at(path)}"
-                for path, site in sites.items()
-                if site.tensors["A"].shape[0] != method.rank_at(path)
-            ]
-            raise_problems(TENSORS, wrong, " Config and tensors belong to different adapters.")
+        wrong = [
+            f"'{path}' has rank {key.rank}, the config says {content.method.rank_at(path)}"
+            for path, key in read.keys.items()
+            if key.rank != content.method.rank_at(path)
+        ]
+        raise_problems(TENSORS, wrong, " Config and tensors belong to different adapters.")
         base_name = config.get("base_model_name_or_path")
         return AdapterState(
-            method=_exact_method(method, config, content.metadata, sites),
-            sites=sites,
+            method=_exact_method(content),
+            sites=read.sites,
             biases=biases,
             modules=modules,
-            targets=read_targets(config, sites),
+            targets=notes.targets or read_targets(config, read.sites),
             full_modules=_full_modules(modules, names_in(config, "modules_to_save") or []),
             identity=Identity.from_metadata(content.metadata),
             base_name=base_name if isinstance(base_name, str) and base_name else None,
@@ -125,42 +139,62 @@ class PeftFormat(Format):
 
     def base_weights(self, files: Files) -> Mapping[str, Tensor]:
         """Return what PEFT stores of a target beside the update: the base layer's own weight."""
-        config, _, found = _parts(files)
-        own_bias = (config.get("bias") or "none") != "none"
-        return {n: t for n, t in found.base.items() if not (own_bias and n.endswith(".bias") and _is_site(found, n))}
+        config, notes, tensors = _parts(files)
+        found = sort_keys(tensors.tensors)
+        return {name: t for name, t in found.base.items() if not _is_trained_bias(name, found, config, notes)}
 
 
-def _parts(files: Files) -> tuple[dict[str, Any], TensorFile, Sorted]:
-    config, content = files.get(CONFIG), files.get(TENSORS)
-    if not isinstance(config, str) or not isinstance(content, TensorFile):
+@dataclass(frozen=True)
+class _Content:
+    """A folder's content: ``found`` is what is left of the tensors beside the updates, which are ``sites``."""
+
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    notes: Notes
+    method: LoRA
+    found: Sorted
+    sites: ReadSites
+    biases: Mapping[str, Tensor]
+
+
+def _parts(files: Files) -> tuple[dict[str, Any], Notes, TensorFile]:
+    config, tensors = files.get(CONFIG), files.get(TENSORS)
+    if not isinstance(config, str) or not isinstance(tensors, TensorFile):
         raise FormatError(f"PEFT's format needs both {CONFIG} and {TENSORS}.")
-    return parse_config(config), content, sort_keys(content.tensors)
+    return parse_config(config), Notes.from_metadata(tensors.metadata), tensors
 
 
-def _sites(
-    found: Sorted, method: Method, config: Mapping[str, Any], notes: Mapping[str, str]
-) -> tuple[dict[str, SiteState], list[str]]:
-    sites: dict[str, SiteState] = {}
-    problems: list[str] = []
-    transposed = set(json.loads(notes.get("lorakit.transposed", "[]")))
-    all_transposed = bool(config.get("fan_in_fan_out")) and "lorakit.transposed" not in notes
-    for path, tensors in found.updates.items():
-        if f"{path}.weight" in found.plain:
-            problems.append(f"'{path}' has both an update and a weight of its own")
-        site, wrong = read_site(path, tensors, method.peft_tensors, all_transposed or path in transposed)
-        problems += wrong
-        if site is not None:
-            sites[path] = site
-    return sites, problems
+def _read(files: Files) -> _Content:
+    config, notes, tensors = _parts(files)
+    if config["peft_type"] == OWN_TYPE and "lorakit.method" not in tensors.metadata:
+        raise FormatError(
+            f"{TENSORS} has lost its metadata, without which the tensors of an adapter of type {OWN_TYPE} cannot be "
+            "told: take the file as it was saved."
+        )
+    method, found = read_method(config), sort_keys(tensors.tensors)
+    trained = {name for name in found.base if _is_trained_bias(name, found, config, notes)}
+    sites = read_sites(found, config, method, notes)
+    biases = {p: bias for name, p in notes.biases.items() if (bias := taken(found, name)) is not None}
+    found.problems += [f"'{name}' is not understood" for name in sorted(trained & found.base.keys())]
+    return _Content(config, tensors.metadata, notes, method, found, sites, biases)
 
 
-def _plain(
-    found: Sorted, config: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[str]]:
+def _is_trained_bias(name: str, found: Sorted, config: Mapping[str, Any], notes: Notes) -> bool:
+    """Tell whether what stands beside an update is the adapter's bias, not a copy of the base's weight."""
+    if (config.get("bias") or "none") == "none" or not name.endswith("bias"):
+        return False
+    return name in notes.biases or any(module == name.rpartition(".")[0] for module, _ in found.updates)
+
+
+def _plain(content: _Content) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[str]]:
     """Tell the biases from the modules trained in full, and name what is neither."""
-    biases: dict[str, Tensor] = {}
+    found, config = content.found, content.config
+    biases: dict[str, Tensor] = {**content.sites.biases, **content.biases}
     modules: dict[str, dict[str, Tensor]] = {}
-    problems: list[str] = []
+    problems = [f"the trained bias of '{p}' is missing" for p in content.notes.biases.values() if p not in biases]
+    problems += [
+        f"'{p}' has both an update and a weight of its own" for p in content.sites.sites if f"{p}.weight" in found.plain
+    ]
     chosen = names_in(config, "modules_to_save") or []
     bias_trained = (config.get("bias") or "none") != "none"
     holders = {key.rpartition(".")[0] for key in found.plain if key.endswith(".weight")}
@@ -173,15 +207,7 @@ def _plain(
             biases[path] = tensor
         else:
             problems.append(f"'{key}' is not understood")
-    if bias_trained:
-        biases.update(
-            {n.removesuffix(".bias"): t for n, t in found.base.items() if n.endswith(".bias") and _is_site(found, n)}
-        )
     return biases, _grouped(modules), problems
-
-
-def _is_site(found: Sorted, name: str) -> bool:
-    return name.rpartition(".")[0] in found.updates
 
 
 def _grouped(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -206,36 +232,27 @@ def _full_modules(modules: Mapping[str, Any], names: list[str]) -> tuple[str, ..
     return tuple(sorted({_root(path, names) or path for path in modules}))
 
 
-def _exact_method(
-    method: Method, config: Mapping[str, Any], notes: Mapping[str, str], sites: Mapping[str, SiteState]
-) -> Method:
+def _exact_method(content: _Content) -> Method:
     """Return the method as it was saved, where the file says so and the config still agrees with it."""
-    saved = notes.get("lorakit.method")
+    read, saved = content.sites, content.metadata.get("lorakit.method")
+    ranks = {path: int(site.tensors["A"].shape[-2]) for path, site in read.sites.items()}
+    keys = {path: read.keys[read.places[path]] for path in ranks}
+    scales = {p: content.method.scale_at(read.places[p], key.rank) for p, key in keys.items()}
+    stated = at_sites(content.method, {path: (ranks[path], scales[path]) for path in ranks})
     if saved is None:
-        return method
+        return stated
     try:
         exact = find_method(json.loads(saved))
-        edited = edited_fields(config, exact, sites)
+        edited = edited_fields(content.config, exact, read.keys) if isinstance(exact, LoRA) else []
     except (InputError, ValueError) as error:
         _LOG.warning("the method that the file was saved with is not known here (%s); %s is used.", error, CONFIG)
-        return method
+        return stated
     if edited:
         _LOG.warning("%s was changed after saving (%s); what it says now is used.", CONFIG, quoted(edited))
-        return method
-    if not isinstance(exact, LoRA) or not isinstance(method, LoRA):
-        return method
-    if all(exact.rank_at(path) == site.tensors["A"].shape[0] for path, site in sites.items()):
-        return exact
-    return find_method(exact, rank_pattern=method.rank_pattern, alpha_pattern=method.alpha_pattern)
-
-
-def _metadata(state: AdapterState, fan_in_fan_out: bool) -> dict[str, str]:
-    """Return the strings beside the tensors: what PEFT's config has no word for."""
-    notes = {"format": "pt", "lorakit.method": json.dumps(state.method.summary()), "lorakit.version": __version__}
-    transposed = sorted(path for path, site in state.sites.items() if site.kind == "transposed")
-    if transposed and not fan_in_fan_out:
-        notes["lorakit.transposed"] = json.dumps(transposed)
-    return notes if state.identity is None else {**notes, **state.identity.to_metadata()}
+        return stated
+    if not isinstance(exact, LoRA):
+        return stated
+    return at_sites(exact, {path: (rank, exact.scale_at(path, rank)) for path, rank in ranks.items()})
 
 
 def _advice(found: Sorted) -> str:

@@ -5,6 +5,9 @@ written; ``use_rslora``, ``use_dora`` and the patterns only where they say somet
 
 PEFT finds a layer's rank and alpha by patterns, ours are the tensors' own and the method's. Both must
 agree at every layer, so what is written is checked by PEFT's rule and spelled out where it differs.
+
+Where an adapter has an update that PEFT knows the layer for, but cannot compute, ``peft_type`` is a type
+that PEFT does not have: every version of it refuses the folder.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorakit.adapters import AdapterState, SiteState
+from lorakit.adapters import AdapterState
 from lorakit.errors import FormatError, InputError, bullet_list
+from lorakit.formats.peft_layers import Written
+from lorakit.formats.peft_parts import SCALE_TOLERANCE, Key
+from lorakit.layers.site import PART
 from lorakit.methods import Method
 from lorakit.methods.lora import LoRA, matching_value
 from lorakit.methods.method import method_types
 
+OWN_TYPE = "LORAKIT"
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # PEFT's model for these tasks adds the head to modules_to_save by itself and then needs its tensors.
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -42,7 +49,14 @@ _HARMLESS = frozenset(
     {
         *_COMPUTING,
         *("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+        *(
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+        ),
         *("fan_in_fan_out", "inference_mode", "init_lora_weights", "merge_weights", "enable_lora"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
     }
@@ -57,7 +71,6 @@ _ACTIVE = {
     "lora_bias": "the update has a bias of its own",
     "megatron_config": "the layers are Megatron's",
     "monteclora_config": "MonteCLoRA has tensors of its own",
-    "target_parameters": "the update acts on parameters inside a layer",
     "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "the factors are block-diagonal",
     "use_qalora": "the input is pooled by groups of channels",
@@ -67,27 +80,37 @@ _ACTIVE = {
 _SHIFTED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def write_config(state: AdapterState, task_type: str | None = None, revision: str | None = None) -> str:
-    """Return the text of ``adapter_config.json``: the same for the same state, with a final newline.
+def write_config(
+    state: AdapterState, method: LoRA, written: Written, task_type: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """Return the fields of ``adapter_config.json``.
 
     Raises:
         FormatError: PEFT has no way to say it; every reason is named.
     """
-    fields = lora_config(state.method, state.sites)
+    fields = lora_config(method, written.keys)
     problems = _unspeakable(state, fields["bias"], task_type)
     if problems:
         raise FormatError(f"PEFT's format cannot hold this adapter: {bullet_list(problems)}")
-    kinds = {site.kind for site in state.sites.values()}
     config = {
         **fields,
         "task_type": task_type,
         "base_model_name_or_path": state.base_name,
         "revision": revision,
-        "target_modules": _targets(state.targets, state.sites),
+        "target_modules": _targets(_names_of(state.targets, written.modules), written.modules),
         "modules_to_save": _modules_to_save(state) or None,
-        "fan_in_fan_out": "transposed" in kinds and "linear" not in kinds,
+        "fan_in_fan_out": bool(written.transposed) and not written.linear and not written.parameters,
         "inference_mode": True,
     }
+    if written.parameters:
+        config["target_parameters"] = _targets(_names_of(state.targets, written.parameters), written.parameters)
+    if written.refused:
+        config["peft_type"] = OWN_TYPE
+    return config
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """Return the text of ``adapter_config.json``: the same for the same fields, with a final newline."""
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -107,46 +130,74 @@ def _unspeakable(state: AdapterState, bias: str, task_type: str | None) -> list[
     return problems
 
 
-def lora_config(method: Method, sites: Mapping[str, SiteState]) -> dict[str, Any]:
-    """Return the method's fields, with patterns by which PEFT finds every site's rank and scale.
+def to_lora(method: Method) -> LoRA:
+    """Return the method as one that PEFT has a spelling for.
 
     Raises:
-        FormatError: PEFT has no spelling for this method.
+        FormatError: it has none.
     """
-    fields = method.to_peft()
-    if fields is None or not isinstance(method, LoRA):
-        raise FormatError(f"PEFT's format has no spelling here for the method '{method.name}'.")
-    ranks = {path: int(site.tensors["A"].shape[0]) for path, site in sites.items()}
+    if isinstance(method, LoRA) and method.to_peft() is not None:
+        return method
+    raise FormatError(f"PEFT's format has no spelling here for the method '{method.name}'.")
+
+
+def lora_config(method: LoRA, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """Return the method's fields, with patterns by which PEFT finds every rank and scale."""
+    wanted = {path: (key.rank, key.scale(method)) for path, key in keys.items()}
+    fields = {**method.to_peft(), "rank_pattern": method.rank_pattern, "alpha_pattern": method.alpha_pattern}
+    fields.update(_ranks_and_alphas(method, wanted))
+    fields["lora_alpha"] = _whole(fields["lora_alpha"])
+    return {name: value for name, value in fields.items() if value or not name.endswith("_pattern")}
+
+
+def at_sites(method: LoRA, wanted: Mapping[str, tuple[int, float]]) -> LoRA:
+    """Return the method, with other patterns where it does not say these ranks and scales at these sites."""
+    if all(
+        method.rank_at(path) == rank and math.isclose(method.scale_at(path, rank), scale, rel_tol=SCALE_TOLERANCE)
+        for path, (rank, scale) in wanted.items()
+    ):
+        return method
+    fields = _ranks_and_alphas(method, wanted)
+    patterns = {name: fields[name] for name in ("rank_pattern", "alpha_pattern")}
+    changed: LoRA = method.replaced(rank=fields["r"], alpha=fields["lora_alpha"], **patterns)
+    return changed
+
+
+def _ranks_and_alphas(method: LoRA, wanted: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Return ``r``, ``lora_alpha`` and patterns that PEFT reads as these ranks and scales."""
     root = math.sqrt if method.scaling == "rslora" else float
-    scales = {path: method.scale_at(path, rank) for path, rank in ranks.items()}
+    ranks = {path: rank for path, (rank, _) in wanted.items()}
+    alphas = {path: _whole(scale * root(rank)) for path, (rank, scale) in wanted.items()}
 
     def same_scale(path: str, alpha: float) -> bool:
-        return math.isclose(alpha / root(ranks[path]), scales[path], rel_tol=1e-12)
+        rank, scale = wanted[path]
+        return math.isclose(alpha / root(rank), scale, rel_tol=SCALE_TOLERANCE)
 
-    alphas = {path: _whole(scales[path] * root(rank)) for path, rank in ranks.items()}
-    for name, default, wanted, fits in (
-        ("rank_pattern", fields["r"], ranks, lambda path, rank: rank == ranks[path]),
-        ("alpha_pattern", fields["lora_alpha"], alphas, same_scale),
-    ):
-        pattern = _pattern(dict(fields.pop(name, {})), default, wanted, fits)
-        if pattern:
-            fields[name] = pattern
-    return fields
+    rank, rank_pattern = _pattern(method.rank_pattern, method.rank, ranks, lambda path, rank: rank == ranks[path])
+    alpha, alpha_pattern = _pattern(method.alpha_pattern, method.alpha, alphas, same_scale)
+    return {"r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 
 
-def _pattern(given: dict[str, Any], default: Any, wanted: Mapping[str, Any], fits: Any) -> dict[str, Any]:
-    """Return a pattern that PEFT reads as ``wanted``: the given one if it does, else one by exact paths.
+def _pattern(
+    given: Mapping[str, Any], default: Any, wanted: Mapping[str, Any], fits: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return a default and a pattern that PEFT reads as ``wanted``: the given ones if it does.
 
-    The order of keys counts for PEFT, and sorting the file's keys changes it.
+    Else a default for all where they are one value, or a pattern by exact paths. The order of keys counts
+    for PEFT, and sorting the file's keys changes it.
     """
+    values = list(wanted.values())
     differing = {path: value for path, value in wanted.items() if not fits(path, default)}
     by_path = {re.escape(path): value for path, value in differing.items()}
     anchored = {f"^{key}": value for key, value in by_path.items()}
-    for candidate in (given, by_path):
-        ordered = dict(sorted(candidate.items()))
-        if all(fits(path, matching_value(ordered, path, default)) for path in wanted):
-            return ordered
-    return dict(sorted(anchored.items()))
+    uniform = bool(values) and all(fits(path, values[0]) for path in wanted)
+    candidates: list[tuple[Any, Mapping[str, Any]]] = [(default, given)]
+    candidates += [(values[0], {})] if uniform else [(default, by_path)]
+    for start, pattern in candidates:
+        ordered = dict(sorted(pattern.items()))
+        if all(fits(path, matching_value(ordered, path, start)) for path in wanted):
+            return start, ordered
+    return default, dict(sorted(anchored.items()))
 
 
 def _whole(value: float) -> int | float:
@@ -165,6 +216,12 @@ def _targets(names: Iterable[str], paths: Iterable[str]) -> list[str]:
     names, paths = sorted(set(names)), sorted(set(paths))
     covered = all(any(matches(name, path) for name in names) for path in paths)
     return names if covered and all(any(matches(n, p) for p in paths) for n in names) else paths
+
+
+def _names_of(targets: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """Return the targets that mean any of ``paths``, without the parts that they name: PEFT's target is the whole."""
+    wholes = [part["path"] if (part := PART.fullmatch(name)) else name for name in targets]
+    return [name for name in wholes if any(matches(name, path) for path in paths)]
 
 
 def _modules_to_save(state: AdapterState) -> list[str]:
@@ -192,7 +249,7 @@ def parse_config(text: str) -> dict[str, Any]:
         for key, value in sorted(config.items())
         if key not in _HARMLESS and value not in (None, False, "", [], {})
     ]
-    if config["peft_type"].upper() != "LORA":
+    if config["peft_type"].upper() not in ("LORA", OWN_TYPE):
         problems = [f"'peft_type' is '{config['peft_type']}'; LORA (with DoRA and rsLoRA) is supported"]
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_SHIFTED_BASE):
@@ -205,7 +262,7 @@ def parse_config(text: str) -> dict[str, Any]:
     return config
 
 
-def read_method(config: Mapping[str, Any]) -> Method:
+def read_method(config: Mapping[str, Any]) -> LoRA:
     """Return the method that a config describes.
 
     Raises:
@@ -213,17 +270,17 @@ def read_method(config: Mapping[str, Any]) -> Method:
     """
     try:
         for kind in method_types():
-            method = kind.from_peft(config)
-            if method is not None:
+            method = kind.from_peft({**config, "peft_type": "LORA"})
+            if isinstance(method, LoRA):
                 return method
     except (InputError, TypeError, ValueError) as error:
         raise FormatError(f"adapter_config.json: {error}") from error
     raise FormatError(f"adapter_config.json: no method here reads peft_type '{config.get('peft_type')}'.")
 
 
-def edited_fields(config: Mapping[str, Any], method: Method, sites: Mapping[str, SiteState]) -> list[str]:
+def edited_fields(config: Mapping[str, Any], method: LoRA, keys: Mapping[str, Key]) -> list[str]:
     """Return the config's fields that say something else than ``method``, which was saved with it."""
-    written = lora_config(method, sites)
+    written = lora_config(method, keys)
     return [key for key, default in _COMPUTING.items() if (config.get(key) or default) != (written.get(key) or default)]
 
 
@@ -246,4 +303,5 @@ def read_targets(config: Mapping[str, Any], sites: Iterable[str]) -> tuple[str, 
     paths = sorted(sites)
     narrowed = any(config.get(key) not in (None, [], "") for key in ("layers_to_transform", "exclude_modules"))
     names = names_in(config, "target_modules")
-    return tuple(paths if names is None or narrowed else _targets(names, paths))
+    named = None if names is None else [*names, *(names_in(config, "target_parameters") or [])]
+    return tuple(paths if named is None or narrowed else _targets(named, paths))

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import AdapterState, Handle, SiteState, handle_of
+from lorakit.adapters import AdapterState, Handle, handle_of
+from lorakit.adapters.capture import places
 from lorakit.adapters.identity import compare, identify
 from lorakit.errors import (
     BaseMismatchError,
@@ -96,7 +97,7 @@ def rounded(state: AdapterState, dtype: torch.dtype) -> AdapterState:
 
     return dataclasses.replace(
         state,
-        sites={p: SiteState(s.kind, s.weight_shape, cast(s.tensors)) for p, s in state.sites.items()},
+        sites={p: dataclasses.replace(s, tensors=cast(s.tensors)) for p, s in state.sites.items()},
         biases=cast(state.biases),
         modules={path: cast(tensors) for path, tensors in state.modules.items()},
         parts={name: cast(tensors) for name, tensors in state.parts.items()},
@@ -179,10 +180,20 @@ def _check_base(model: nn.Module, state: AdapterState, folder: Path) -> None:
         return
     here = identify(model, state.identity.excluded).short
     named = f"'{state.base_name}' " if state.base_name else ""
+    layers = _misfits(model, state) if mismatch.kind == "structure" else ""
     raise BaseMismatchError(
         f"adapter '{folder}' belongs to the base {named}({state.identity.short}); this {type(model).__name__} "
-        f"is {here}: {mismatch}. Load that base, or pass check_base=False if you know better."
+        f"is {here}: {mismatch}. {layers}Load that base, or pass check_base=False if you know better."
     )
+
+
+def _misfits(model: nn.Module, state: AdapterState) -> str:
+    """Say which of the adapter's own layers do not fit the model, such as an embedding of fewer tokens."""
+    try:
+        places(model, state)
+    except (TargetError, ShapeError, UnsupportedLayerError) as error:
+        return f"Of its own layers: {error}. "
+    return ""
 
 
 def _check_kernels(model: nn.Module, state: AdapterState, folder: Path) -> None:
@@ -191,7 +202,7 @@ def _check_kernels(model: nn.Module, state: AdapterState, folder: Path) -> None:
     problems = [
         f"'{path}' has a weight {shapes[f'{path}.weight']} here, {site.weight_shape} in the adapter"
         for path, site in state.sites.items()
-        if site.kind == "conv2d" and shapes.get(f"{path}.weight", site.weight_shape) != site.weight_shape
+        if site.kind.startswith("conv") and shapes.get(f"{path}.weight", site.weight_shape) != site.weight_shape
     ]
     if problems:
         raise ShapeError(f"adapter '{folder}' does not fit this {type(model).__name__}: {bullet_list(problems)}.")
