@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from lorakit.errors import DataError, ModelError
-from lorakit.text.chat import chat_prompt, chat_tokens, end_of_turn_ids, has_chat_template, message_problem
+from lorakit.text.chat import (
+    chat_passages,
+    chat_prompt,
+    chat_tokens,
+    end_of_turn_ids,
+    has_chat_template,
+    message_problem,
+)
+from lorakit.text.messages import conversation
 from lorakit.text.tokens import encode_passages
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -28,15 +36,15 @@ def talk(*turns: tuple[str, str]) -> list[dict[str, str]]:
 TWO_TURNS = talk((USER, "what is it?"), (ASSISTANT, "yes"), (USER, "again?"), (ASSISTANT, "no, not yet"))
 
 
-def supervised(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
-    """Return the supervised stretches as text."""
-    ids, mask = chat_tokens(tokenizer, messages)
+def supervised(tokenizer: Any, messages: list[dict[str, Any]]) -> list[str]:
+    """Return the supervised stretches as text, passage by passage."""
     stretches: list[list[int]] = []
-    for index, (token, kept) in enumerate(zip(ids, mask, strict=True)):
-        if kept and (index == 0 or not mask[index - 1]):
-            stretches.append([])
-        if kept:
-            stretches[-1].append(token)
+    for ids, mask in encode_passages(tokenizer, chat_passages(tokenizer, conversation(messages))):
+        for index, (token, kept) in enumerate(zip(ids, mask, strict=True)):
+            if kept and (index == 0 or not mask[index - 1]):
+                stretches.append([])
+            if kept:
+                stretches[-1].append(token)
     return [tokenizer.decode(stretch) for stretch in stretches]
 
 
@@ -45,8 +53,8 @@ def supervised(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
     [
         ("chatml", ["yes<|im_end|>", "no, not yet<|im_end|>"]),
         ("inst", [" yes </s>", " no, not yet </s>"]),
-        ("strips", [" yes</s>", " no, not yet</s>"]),
-        ("thinks-last", ["yes<|im_end|>", "<think>\n\n</think>\n\nno, not yet<|im_end|>"]),
+        ("strips", ["yes</s>", "no, not yet</s>"]),
+        ("thinks-last", ["<think>\n\n</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno, not yet<|im_end|>"]),
         ("thought-opened", ["yes<|im_end|>", "no, not yet<|im_end|>"]),
     ],
 )
@@ -54,7 +62,8 @@ def test_assistant_turns_are_supervised_up_to_their_end_mark(templated: Any, sty
     assert supervised(templated(style), TWO_TURNS) == expected
 
 
-@pytest.mark.parametrize("style", STYLES)
+# 'strips' ends its prompt with a space, which the whole rendering would join to the answer's first token.
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "strips"])
 def test_ids_are_those_of_the_whole_rendering(templated: Any, style: str) -> None:
     tokenizer = templated(style)
     whole = tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
@@ -65,19 +74,20 @@ def test_ids_are_those_of_the_whole_rendering(templated: Any, style: str) -> Non
     assert len(mask) == len(ids)
 
 
-def test_token_that_joins_prompt_and_answer_is_supervised(templated: Any) -> None:
-    """'Assistant: ' + 'yes' is tokenised as ':', ' yes': the answer's first token holds a prompt's space."""
+def test_no_token_joins_a_prompt_and_its_answer(templated: Any) -> None:
+    """Generation starts from 'Assistant: ', so that 'yes' follows a space, though as one text it is ':', ' yes'."""
     tokenizer = templated("strips")
 
-    ids, mask = chat_tokens(tokenizer, talk((USER, "what?"), (ASSISTANT, "yes")))
+    ids, mask = chat_tokens(tokenizer, TWO_TURNS)
 
-    assert tokenizer.decode([ids[mask.index(True)]]) == " yes"
+    starts = [i for i, kept in enumerate(mask) if kept and not mask[i - 1]]
+    assert [tokenizer.decode(ids[start - 1 : start]) for start in starts] == [" ", " "]
 
 
 def test_stripping_template_still_finds_a_padded_answer(templated: Any) -> None:
     padded = talk((USER, "what?"), (ASSISTANT, "  yes it is \n"))
 
-    assert supervised(templated("strips"), padded) == [" yes it is</s>"]
+    assert supervised(templated("strips"), padded) == ["yes it is</s>"]
 
 
 def test_an_answer_that_repeats_the_question_is_found_in_its_own_turn(templated: Any) -> None:
@@ -90,19 +100,21 @@ def test_an_answer_that_repeats_the_question_is_found_in_its_own_turn(templated:
     assert not any(mask[:5])
 
 
-def test_system_and_earlier_thoughts_are_masked(templated: Any) -> None:
-    messages = talk(
-        (SYSTEM, "answer"),
-        (USER, "what?"),
-        (ASSISTANT, "<think>hm</think>yes"),
-        (USER, "again?"),
-        (ASSISTANT, "no"),
-    )
+def test_a_thought_that_the_template_takes_out_of_an_answer_to_learn_is_refused(templated: Any) -> None:
+    messages = talk((USER, "what?"), (ASSISTANT, "<think>hm</think>yes"), (USER, "again?"), (ASSISTANT, "no"))
 
-    assert supervised(templated("thinks-last"), messages) == [
-        "yes<|im_end|>",
-        "<think>\n\n</think>\n\nno<|im_end|>",
-    ]
+    with pytest.raises(DataError, match=r"message 2 \(assistant\) cannot be learned.*leaves out or rewrites.*thoughts"):
+        supervised(templated("thinks-last"), messages)
+
+
+def test_an_answer_of_no_weight_is_read_and_not_learned(templated: Any) -> None:
+    messages = [*TWO_TURNS[:1], {**TWO_TURNS[1], "weight": 0}, *TWO_TURNS[2:]]
+
+    assert supervised(templated("chatml"), messages) == ["no, not yet<|im_end|>"]
+
+
+def test_a_greeting_answers_nothing_and_is_not_learned(templated: Any) -> None:
+    assert supervised(templated("chatml"), [*talk((ASSISTANT, "hello")), *TWO_TURNS[:2]]) == ["yes<|im_end|>"]
 
 
 @pytest.mark.parametrize("text", ["naïve ☕ 日本語", "zwei\n\nAbsätze", "🙂🙃"])
@@ -142,19 +154,34 @@ def test_plain_template_needs_an_end_of_sequence_token(bpe: Any) -> None:
         chat_tokens(bpe, TWO_TURNS)
 
 
-def test_a_template_that_drops_earlier_answers_is_refused_by_turn(templated: Any) -> None:
-    with pytest.raises(DataError, match=r"message 2 \(assistant\) cannot be told apart"):
-        chat_tokens(templated(LAST_ANSWER_ONLY), TWO_TURNS)
+def test_answers_that_a_template_later_drops_are_learned_from_passages_of_their_own(templated: Any) -> None:
+    tokenizer = templated(LAST_ANSWER_ONLY)
+
+    passages = chat_passages(tokenizer, conversation(TWO_TURNS))
+
+    assert [passage.text for passage in passages] == [
+        "user: what is it?\nassistant: yes\n",
+        "user: what is it?\nuser: again?\nassistant: no, not yet\n",
+    ]
+    assert supervised(tokenizer, TWO_TURNS) == [" yes\n", " no, not yet\n"]
 
 
 def test_a_template_that_rewrites_answers_is_refused_by_turn(templated: Any) -> None:
-    with pytest.raises(DataError, match=r"message 2 \(assistant\) cannot be told apart.*rewrites it"):
+    with pytest.raises(DataError, match=r"message 2 \(assistant\) cannot be learned.*rewrites a part of 'yes'"):
         chat_tokens(templated(SHOUTS), TWO_TURNS)
 
 
-def test_a_role_that_the_template_refuses_is_told_with_its_reason(templated: Any) -> None:
-    with pytest.raises(DataError, match="refuses messages 1 to 5: no system messages"):
-        chat_tokens(templated("inst"), [*talk((SYSTEM, "be kind")), *TWO_TURNS])
+def test_what_the_template_refuses_is_told_with_its_reason(templated: Any) -> None:
+    with pytest.raises(DataError, match="refuses messages 1 to 4: no system messages"):
+        chat_tokens(templated("inst"), talk((USER, "what?"), (SYSTEM, "be kind"), (USER, "so?"), (ASSISTANT, "yes")))
+
+
+def test_a_system_message_without_a_place_is_put_before_the_first_question(templated: Any) -> None:
+    tokenizer = templated("inst")
+
+    ids, _ = chat_tokens(tokenizer, [*talk((SYSTEM, "be kind")), *TWO_TURNS])
+
+    assert tokenizer.decode(ids).startswith("<s>[INST] be kind\n\nwhat is it? [/INST] yes </s>")
 
 
 @pytest.mark.parametrize("style", [*STYLES, ""])
@@ -181,16 +208,16 @@ def test_a_chat_answer_ends_at_the_templates_mark_too(templated: Any) -> None:
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        (None, "must be a list"),
-        ([], "must be a list"),
+        (5, "must be a list"),
+        (None, "no messages"),
+        ([], "no messages"),
         (["hello"], "message 1 is not an object"),
-        (talk(("bot", "hello")), "message 1 has the role 'bot'; known are"),
+        (talk(("asistant", "hello")), "message 1 has the role 'asistant'; known are.* Closest: 'assistant'"),
         ([{"role": USER, "content": None}], r"message 1 \(user\) has no text"),
         (talk((USER, "  ")), r"message 1 \(user\) has no text"),
-        (talk((ASSISTANT, "hello")), r"message 1 \(assistant\) follows nothing"),
-        (talk((USER, "a"), (USER, "b")), r"message 2 \(user\) follows one by 'user'"),
-        (talk((USER, "a"), (SYSTEM, "b")), r"message 2 \(system\) follows one by 'user'"),
-        (talk((SYSTEM, "a"), (USER, "b")), "no message is the assistant's"),
+        (talk((ASSISTANT, "hello")), "no assistant turn to learn"),
+        (talk((USER, "a"), ("tool", "b")), r"message 2 \(tool\) follows one by 'user'"),
+        (talk((SYSTEM, "a"), (USER, "b")), "no assistant turn"),
     ],
 )
 def test_what_is_no_conversation_is_refused_by_message(bpe: Any, messages: Any, problem: str) -> None:

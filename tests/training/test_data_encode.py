@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,134 @@ def test_a_conversation_that_the_template_refuses_is_named_by_row(bpe: Any) -> N
         generation(bpe, rows)
 
 
+def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    said = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 4, contents, strict=False)]
+    return [{"role": "system", "content": system}, *said] if system is not None else said
+
+
+def test_rows_that_teach_nothing_are_skipped_and_noted(bpe: Any) -> None:
+    rows = [{"prompt": "word", "completion": text} for text in ("yes", "", "no", None)]
+    encoded = generation(bpe, rows)
+
+    assert [row.number for row in encoded.rows] == [1, 3]
+    assert encoded.notes == ("2 of 4 rows skipped: 'completion' is empty (records 2, 4).",)
+
+
+def test_rows_without_a_label_are_skipped_and_noted(wordpiece: Any) -> None:
+    encoded = classified(wordpiece, [{"text": "x", "label": label} for label in (1, None, 0)], ("0", "1"), 8)
+
+    assert [row.number for row in encoded.rows] == [1, 3]
+    assert encoded.notes == ("1 of 3 rows skipped: 'label' is empty (record 2).",)
+
+
+def test_few_rows_that_the_template_refuses_are_skipped_with_its_reason(bpe: Any) -> None:
+    bpe.chat_template = "{{ raise_exception('never') if messages[0].content == 'bad' }}" + CHATML
+    encoded = generation(bpe, [{"messages": turns(content, "yes")} for content in ("good", "bad", "fine")])
+
+    assert [row.number for row in encoded.rows] == [1, 3]
+    assert encoded.notes[0].startswith("1 of 3 rows skipped: the model's chat template refuses messages 1 to 2: never")
+
+
+def test_answers_that_the_template_rewrites_are_parts_of_their_own_and_noted(bpe: Any) -> None:
+    bpe.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ '<think></think>' if loop.last and loop.index0 % 2 }}{{ m.content }}"
+    )
+    encoded = generation(
+        bpe, [{"messages": turns("word", "yes", "word", "no")}, {"messages": turns("word", "no")}], max_length=200
+    )
+
+    assert learned(bpe, encoded) == [f"<think></think>{word}<|im_end|>" for word in ("yes", "no", "no")]
+    assert [row.number for row in encoded.rows] == [1, 1, 2]
+    assert "1 rows are learned in 2 parts" in encoded.notes[0]
+
+
+def test_a_system_message_that_has_no_place_is_noted(bpe: Any) -> None:
+    bpe.chat_template = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + CHATML
+    encoded = generation(bpe, [{"messages": turns("word", "yes", system="be kind")}, {"messages": turns("word", "no")}])
+
+    assert "be kind\n\nword" in bpe.decode(encoded.rows[0].input_ids)
+    assert encoded.notes[0].startswith("in 1 rows the system message is put before the user's first message")
+
+
+def test_a_template_that_never_ends_a_turn_is_noted(bpe: Any) -> None:
+    bpe.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+    assert (
+        "nothing behind an answer: the model cannot learn to stop"
+        in generation(bpe, [{"messages": turns("a", "b")}]).notes[0]
+    )
+
+
+SHAREGPT = [
+    {"from": "human", "value": "word"},
+    {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    {"from": "observation", "value": "2"},
+    {"from": "gpt", "value": "yes"},
+]
+
+
+def test_sharegpt_with_tools_and_a_system_column_is_learned(bpe: Any) -> None:
+    row = {"conversations": SHAREGPT, "system": "be kind", "tools": '[{"name": "f", "parameters": {}}]'}
+    encoded = generation(bpe, [row], max_length=400)
+
+    assert learned(bpe, encoded) == ['{"name": "f", "arguments": {"x": 1}}</s>yes</s>']
+    text = bpe.decode(encoded.rows[0].input_ids)
+    assert text.startswith('### Tools:\n{"name": "f", "parameters": {}}\n\n### System:\nbe kind\n\n### User:\nword')
+    assert (encoded.rows[0].prompt, encoded.rows[0].expected) == ("word", "(calls f)")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"instruction": "word", "input": "no", "output": "yes", "history": [["a", "b"]], "system": "be kind"},
+            "b</s>yes</s>",
+        ),
+        ({"prompt": turns("a", "b", "c"), "completion": turns("", "yes")[1:]}, "yes</s>"),
+        ({"prompt": "a", "completion": "yes", "system": "be kind"}, "yes</s>"),
+        (
+            {"messages": [*turns("a")[:1], {"role": "assistant", "content": "b", "weight": 0}, *turns("c", "d")]},
+            "d</s>",
+        ),
+        ({"messages": json.dumps(turns("a", "b"))}, "b</s>"),
+    ],
+    ids=["alpaca with history", "prompt of messages", "prompt with system", "weight", "JSON text"],
+)
+def test_conversations_of_every_shape_learn_their_answers(bpe: Any, row: dict[str, Any], words: str) -> None:
+    encoded = generation(bpe, [row], max_length=400)
+
+    assert learned(bpe, encoded) == [words]
+    assert ("be kind" in bpe.decode(encoded.rows[0].input_ids)) == ("system" in row)
+
+
+def test_progress_is_told_up_to_the_last_row(bpe: Any) -> None:
+    table = table_from_rows([{"prompt": "word", "completion": "yes"}] * 1200)
+    told: list[tuple[int, int]] = []
+    encode_generation(
+        table, detect_task(table), bpe, 64, False, progress=lambda done, total: told.append((done, total))
+    )
+
+    assert told == [(512, 1200), (1024, 1200), (1200, 1200), (1200, 1200)]
+
+
+def test_blocks_over_many_rows_are_those_of_one_text(bpe: Any) -> None:
+    """Rows come in chunks of 512; a block may begin in one and end in another."""
+    texts = ["yes " * (1 + number % 7) for number in range(1100)]
+    table = table_from_rows([{"text": text} for text in texts])
+    encoded = encode_language_modeling(table, detect_task(table), bpe, max_length=50)
+
+    joined = [token for text in texts for token in [*bpe.encode(text), bpe.eos_token_id]]
+    assert [token for row in encoded.rows for token in row.input_ids] == joined
+    starts = [0]
+    for text in texts:
+        starts.append(starts[-1] + len(bpe.encode(text)) + 1)
+    owners = [
+        max(i for i, start in enumerate(starts[:-1]) if start <= 50 * block) for block in range(len(encoded.rows))
+    ]
+    assert [row.number for row in encoded.rows] == [owner + 1 for owner in owners]
+    assert [row.expected for row in encoded.rows] == [texts[owner] for owner in owners]
+
+
 def test_rows_that_are_too_long_are_left_out_and_noted_by_kind(bpe: Any) -> None:
     rows = [
         {"prompt": "word", "completion": "yes"},
@@ -199,7 +328,9 @@ def test_rows_whose_labels_are_all_masked_are_refused_by_row(bpe: Any) -> None:
     )
     rows = [{"prompt": "word", "completion": completion} for completion in ("yes", "\u200b", "\u200b\u200b")]
 
-    with pytest.raises(DataError, match=r"2 of 3 rows have nothing to learn from.*\(records 2, 3\)"):
+    with pytest.raises(
+        DataError, match=r"(?s)2 rows cannot be used.*record 2: nothing to learn from.*record 3: nothing"
+    ):
         generation(bpe, rows, chat=True)
 
 
@@ -248,7 +379,8 @@ def test_a_last_block_with_nothing_to_predict_is_left_off(bpe: Any) -> None:
     assert [len(row.input_ids) for row in encoded.rows] == [count]
 
 
-def test_ten_thousand_rows_are_encoded_in_seconds(shared: Path) -> None:
+def test_ten_thousand_rows_are_encoded_in_seconds(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", "off")
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "tiny-llama-en")
     rows = [row.fields for row in read_table(shared / "data" / "e2e" / "valid.jsonl").rows]
     table = table_from_rows([*rows, *rows, *rows][:10_000])

@@ -1,10 +1,13 @@
 """Conversations as tokens, with the assistant's words marked, for any chat template.
 
 Templates rarely say which characters are the assistant's. Each turn is found by comparing renderings: the
-conversation before it (with the generation prompt), through it, and whole. The supervised part begins
-behind the generation prompt and ends with the turn's end mark; white space behind that mark is not
-supervised. Where renderings do not continue each other (a template that writes earlier answers in
-another way than the last), the answer is replaced by a mark to see where it stands.
+conversation before it (with the generation prompt) and the conversation through it. What the second adds to
+the first is the turn, up to its end mark; white space behind that mark is not supervised. Where a template
+has ``{% generation %}`` marks, they say it instead.
+
+Some templates write an earlier answer otherwise than they wrote it when it was the last one (they take the
+thought out of it). Its tokens in the whole conversation are then not those that the model would have written,
+so they are masked there, and the answer is learned from a passage of its own that ends with it.
 
 A tokenizer without a template gets a plain one:
 
@@ -20,91 +23,108 @@ A tokenizer without a template gets a plain one:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import DataError, quoted
-from lorakit.text.tokens import Passage, encode_passages, end_of_sequence, text_problem
+from lorakit.errors import DataError
+from lorakit.text.messages import Conversation, Message, Messages, conversation, message_problem
+from lorakit.text.template import (
+    Span,
+    common,
+    has_chat_template,
+    marked_spans,
+    placed_system,
+    render,
+    template_facts,
+)
+from lorakit.text.tokens import Passage, encode_passages, end_of_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[Mapping[str, Any]]
+__all__ = [
+    "Messages",
+    "chat_passage",
+    "chat_passages",
+    "chat_prompt",
+    "chat_tokens",
+    "end_of_turn_ids",
+    "has_chat_template",
+    "message_problem",
+]
 
-ROLES = ("system", "user", "assistant", "tool")
-_FOLLOWS = {
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-_MARK = "⟦1⟧⟦0⟧⟦1⟧"  # no letters, no spaces: filters of a template leave it as it is
-
-
-def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the tokenizer brings a chat template of its own."""
-    return bool(tokenizer.chat_template)
+Tools = Sequence[Mapping[str, Any]] | None
 
 
-def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> tuple[list[int], list[bool]]:
     """Tokenise a conversation as the tokenizer's chat template writes it.
 
     Args:
         tokenizer: a fast tokenizer; without a template the plain one above is used.
         messages: ``{"role": ..., "content": ...}`` in order, at least one by the assistant.
+        tools: function descriptions that the model is told of.
 
     Returns:
-        The token ids, and for each whether the assistant writes it (end-of-turn token included).
+        The token ids, and for each whether it is supervised: the assistant's, end-of-turn token included.
+        An answer that the template writes otherwise once others follow is masked here; ``chat_passages`` has it.
 
     Raises:
         DataError: the messages do not make a conversation, or the template hides where a turn stands.
     """
-    return encode_passages(tokenizer, [chat_passage(tokenizer, messages)])[0]
+    return encode_passages(tokenizer, [chat_passage(tokenizer, messages, tools)])[0]
 
 
-def message_problem(messages: object, answered: bool = True) -> str | None:
-    """Return what is wrong with a conversation, or None; ``answered``: the assistant must have a turn."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        return "'messages' must be a list of {role, content}"
-    previous: str | None = None
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping):
-            return f"message {number} is not an object with 'role' and 'content'"
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            return f"message {number} has the role '{role}'; known are {quoted(ROLES)}"
-        if not isinstance(content, str) or not content.strip():
-            return f"message {number} ({role}) has no text in 'content'"
-        broken = text_problem(content)
-        if broken:
-            return f"message {number} ({role}) {broken}"
-        if previous not in _FOLLOWS[role]:
-            return f"message {number} ({role}) follows " + (f"one by '{previous}'" if previous else "nothing")
-        previous = role
-    if answered and all(message["role"] != "assistant" for message in messages):
-        return "no message is the assistant's"
-    return None
-
-
-def chat_passage(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Passage:
-    """Render a conversation, with the assistant's turns as supervised characters.
+def chat_passage(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> Passage:
+    """Render a whole conversation, with those of the assistant's turns supervised that it writes as when given.
 
     Raises:
         DataError: as ``chat_tokens``.
     """
-    problem = message_problem(messages)
-    if problem:
-        raise DataError(f"{problem}.")
-    turns = _role_and_content(messages)
+    return chat_passages(tokenizer, conversation(messages, tools))[-1]
+
+
+def chat_passages(tokenizer: PreTrainedTokenizerBase, talk: Conversation) -> list[Passage]:
+    """Render a conversation so that every learned answer is supervised once, as the model is to write it.
+
+    Returns:
+        The whole conversation last, before it one passage for each answer that the template later rewrites.
+        The whole one is left out if nothing in it is supervised.
+
+    Raises:
+        DataError: as ``chat_tokens``.
+    """
     if not has_chat_template(tokenizer):
         end_of_sequence(tokenizer)
-        return _plain_passage(turns, str(tokenizer.eos_token))
-    full = _render(tokenizer, turns)
-    spans = [_span(tokenizer, turns, index, full) for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    return Passage(full, tuple(spans))
+    turns, moved = placed_system(tokenizer, talk)
+    shift = len(talk.messages) - len(turns) if moved else 0
+    learned = {index - shift for index in talk.learned}
+    full = render(tokenizer, turns, talk.tools)
+    alone: list[Passage] = []
+    spans: list[Span] = []
+    cuts: list[int] = []
+    for index in _answers(turns):
+        text = full if index == len(turns) - 1 else render(tokenizer, turns[: index + 1], talk.tools)
+        try:
+            start, end = _span(tokenizer, turns[: index + 1], talk.tools, text)
+        except DataError as error:
+            if index not in learned:
+                continue
+            raise DataError(f"message {index + shift + 1} (assistant) cannot be learned: {error}") from error
+        if full[:end] == text[:end]:
+            cuts.append(start)
+            spans += [(start, end)] if index in learned else []
+        elif index in learned:
+            before = [cut for cut in cuts if cut < start and full[:cut] == text[:cut]]
+            alone.append(_passage(tokenizer, text, [(start, end)], [*before, start]))
+    _check_whole(turns, talk.tools, full)
+    whole = [_passage(tokenizer, full, spans, cuts)] if spans or not alone else []
+    return [*alone, *whole]
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Passage:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> Passage:
     """Render a conversation up to where the assistant's next words begin, as training rendered it.
 
     What a template adds for generation only (an opened thought) and never writes in a finished
@@ -113,111 +133,114 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Passa
     Raises:
         DataError: the messages do not make a conversation, or the template refuses them.
     """
-    problem = message_problem(messages, answered=False)
-    if problem:
-        raise DataError(f"{problem}.")
-    turns = _role_and_content(messages)
-    if not has_chat_template(tokenizer):
-        return Passage(_plain_text(turns, tokenizer.eos_token or "") + "### Assistant:\n", special=True)
-    asked = _render(tokenizer, turns, for_answer=True)
-    answered = _render(tokenizer, [*turns, {"role": "assistant", "content": _MARK}])
-    return Passage(asked[: _common(asked, answered.partition(_MARK)[0])])
+    talk = conversation(messages, tools, answered=False)
+    turns, _ = placed_system(tokenizer, talk)
+    text = render(tokenizer, turns, talk.tools, for_answer=True)
+    cuts = []
+    for index in _answers(turns):
+        through = render(tokenizer, turns[: index + 1], talk.tools)
+        try:
+            start, end = _span(tokenizer, turns[: index + 1], talk.tools, through)
+        except DataError:
+            continue  # an answer that could not be learned is no reason not to go on from it
+        cuts += [start] if text[:end] == through[:end] else []
+    return Passage(text, special=not has_chat_template(tokenizer), cuts=tuple(cuts))
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens at which a chat answer is over: end of sequence, and the template's end of turn."""
     ends = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     if has_chat_template(tokenizer):
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-        tail = _render(tokenizer, turns).partition(_MARK)[2].strip()
-        first = tokenizer(tail, add_special_tokens=False).input_ids[:1]
+        first = tokenizer(template_facts(tokenizer).closing, add_special_tokens=False).input_ids[:1]
         added = set(tokenizer.added_tokens_decoder)
         ends += [token for token in first if token in added and token not in ends]
     return ends
 
 
-def _role_and_content(messages: Messages) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _answers(turns: Sequence[Message]) -> list[int]:
+    """Return the numbers of the assistant's turns that answer something."""
+    asked = next((i for i, turn in enumerate(turns) if turn["role"] in ("user", "tool")), len(turns))
+    return [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > asked]
 
 
-def _plain_text(turns: Sequence[Mapping[str, str]], end: str) -> str:
-    parts = []
-    for turn in turns:
-        closing = end if turn["role"] == "assistant" else ""
-        parts.append(f"### {turn['role'].capitalize()}:\n{turn['content']}{closing}\n\n")
-    return "".join(parts)
+def _passage(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], cuts: Sequence[int]) -> Passage:
+    plain = not has_chat_template(tokenizer)
+    text = text.removesuffix("\n\n") if plain else text
+    return Passage(text, tuple(spans), special=plain, cuts=tuple(cuts))
 
 
-def _plain_passage(turns: Sequence[Mapping[str, str]], end: str) -> Passage:
-    text = _plain_text(turns, end)
-    spans = []
-    position = 0
-    for turn in turns:
-        start = position + len(f"### {turn['role'].capitalize()}:\n")
-        position += len(_plain_text([turn], end))
-        if turn["role"] == "assistant":
-            spans.append((start, position - len("\n\n")))
-    return Passage(text.removesuffix("\n\n"), tuple(spans), special=True)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], for_answer: bool = False) -> str:
-    import jinja2
-
-    messages = [dict(turn) for turn in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer))
-    except jinja2.TemplateError as error:
+def _span(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], tools: Tools, text: str) -> Span:
+    """Return the supervised characters of the last of ``turns`` in its rendering ``text``."""
+    before = render(tokenizer, turns[:-1], tools, for_answer=True)
+    if not text.startswith(before):
+        shared = common(before, text)
         raise DataError(
-            f"the model's chat template refuses messages 1 to {len(turns)}: {error}. Change their roles."
-        ) from error
-
-
-def _span(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], index: int, full: str
-) -> tuple[int, int]:
-    """Return the supervised characters of the assistant's turn ``index`` in the whole rendering."""
-    try:
-        found = _compared(tokenizer, turns, index, full) or _marked(tokenizer, turns, index, full)
-    except DataError as error:
-        raise DataError(f"message {index + 1} (assistant) cannot be told apart: {error}") from error
-    start, content_end, end = found
-    kept = start + len(full[start:end].rstrip())
+            "once it is given, the model's chat template writes what stands before it in another way: "
+            f"'{_excerpt(before[shared:])}' becomes '{_excerpt(text[shared:])}'. Use a model with another template."
+        )
+    start = len(before)
+    _check_answer(turns[-1], text[start:])
+    marked = marked_spans(tokenizer, turns, tools, text)
+    if marked and len(marked) == sum(turn["role"] == "assistant" for turn in turns) and marked[-1][1] > start:
+        return max(marked[-1][0], start), marked[-1][1]
+    footer = template_facts(tokenizer, bool(tools)).footer if has_chat_template(tokenizer) else ""
+    text = text.removesuffix(footer)
+    kept = text[start:].rstrip()
     # White space behind the end mark is not the assistant's; where nothing else follows, it is the mark.
-    return start, kept if kept > content_end else end
+    ends_with_words = bool(turns[-1]["content"].strip()) and kept.endswith(turns[-1]["content"].rstrip())
+    return start, len(text) if ends_with_words else start + len(kept)
 
 
-def _compared(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], index: int, full: str
-) -> tuple[int, int, int] | None:
-    """Find a turn as what the rendering through it adds: its start, its content's end, its end."""
-    before = _render(tokenizer, turns[:index], for_answer=True)
-    through = full if index == len(turns) - 1 else _render(tokenizer, turns[: index + 1])
-    start, end = _common(before, through), _common(through, full)
-    content = turns[index]["content"].strip()
-    place = full.rfind(content, start, end) if start < end else -1
-    return None if place < 0 else (start, place + len(content), end)
+def _check_answer(turn: Message, written: str) -> None:
+    """Refuse an answer of which the template leaves out or rewrites something: it could not be learned."""
+    squeezed = _squeezed(written)
+    for word in [call["function"]["name"] for call in turn.get("tool_calls", ())]:
+        if word not in written:
+            raise DataError(
+                f"the model's chat template does not write its call of '{word}'. Put the call into 'content' as text, "
+                "or use a model whose template knows tool calls."
+            )
+    content = _squeezed(turn["content"])
+    thought = _squeezed(str(turn.get("reasoning_content") or turn.get("thinking") or ""))
+    if content not in squeezed and not _in_order(content, squeezed):
+        raise DataError(
+            f"the model's chat template leaves out or rewrites a part of '{_excerpt(turn['content'])}'. If it takes "
+            "thoughts out, remove them from the rows, or use a model whose template keeps them in the last answer."
+        )
+    if thought not in squeezed:
+        raise DataError(
+            "the model's chat template leaves out its 'reasoning_content'. Remove that field, or use a model whose "
+            "template writes it."
+        )
 
 
-def _marked(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], index: int, full: str
-) -> tuple[int, int, int]:
-    """Find a turn by a mark in its place: its content's start and end, and the turn's end."""
-    marked_turns = [dict(turn) for turn in turns]
-    marked_turns[index]["content"] = _MARK
-    prefix, _, suffix = _render(tokenizer, marked_turns).partition(_MARK)
-    closing = _render(tokenizer, marked_turns[: index + 1]).partition(_MARK)[2]
-    start, end = len(prefix), len(full) - len(suffix)
-    content = full[start:end].strip()
-    if not full.startswith(prefix) or not full.endswith(suffix) or not content:
-        raise DataError("the model's chat template leaves it out or rewrites what stands around it.")
-    if content not in turns[index]["content"]:
-        raise DataError("the model's chat template rewrites it.")
-    return start, end - (len(full[start:end]) - len(full[start:end].rstrip())), end + _common(closing, suffix)
+def _in_order(content: str, written: str) -> bool:
+    """Tell whether a thought and the answer behind it are both written, with other white space or marks between."""
+    thought, mark, answer = content.partition("</think>")
+    place = written.find(thought.removeprefix("<think>"))
+    return bool(mark) and place >= 0 and written.find(answer, place + len(thought.removeprefix("<think>"))) >= 0
 
 
-def _common(one: str, other: str) -> int:
-    """Return how many first characters two texts share."""
-    if other.startswith(one):
-        return len(one)
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+def _check_whole(turns: Sequence[Message], tools: Tools, full: str) -> None:
+    """Refuse a conversation of which the template leaves out what the model is to read."""
+    squeezed = _squeezed(full)
+    for number, turn in enumerate(turns, start=1):
+        escaped = json.dumps(turn["content"], ensure_ascii=False)[1:-1]
+        told = turn["role"] != "assistant"
+        if told and _squeezed(turn["content"]) not in squeezed and _squeezed(escaped) not in squeezed:
+            raise DataError(f"the model's chat template leaves out message {number} ({turn['role']}). Remove it.")
+    missing = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in full]
+    if missing:
+        raise DataError(
+            f"the model's chat template does not tell the model of its tools (such as '{missing[0]}'). Leave the "
+            "tools out, or use a model whose template knows them."
+        )
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _excerpt(text: str, width: int = 40) -> str:
+    shown = " ".join(text.split())
+    return shown if len(shown) <= width else shown[: width - 1] + "…"

@@ -56,11 +56,11 @@ def completion_passage(tokenizer: PreTrainedTokenizerBase, prompt: str, completi
     """Lay out a prompt and its completion, the completion as supervised characters."""
     if chat:
         passage = chat_passage(tokenizer, [*_asked(prompt), {"role": "assistant", "content": completion}])
-        (start, end) = passage.spans[0]
-        return Passage(passage.text, ((start, end),), start, passage.special)
+        ((start, end),) = passage.spans
+        return Passage(passage.text, ((start, end),), (start,), passage.special)
     before = _with_separator(prompt, separator_for(completion))
     text = before + completion
-    return Passage(text, ((len(before), len(text)),), len(before), special=True, end=True)
+    return Passage(text, ((len(before), len(text)),), (len(before),), special=True, end=True)
 
 
 def separator_for(completion: str) -> str:

@@ -7,6 +7,7 @@ generation will start from a prompt that is tokenised alone, the training tokens
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,14 +28,14 @@ class Passage:
     Attributes:
         text: all of it, in the order the model reads it.
         spans: supervised characters as ``(start, end)``, in order.
-        prompt_end: generation will be asked to go on from ``text[:prompt_end]``; None for several turns.
+        cuts: where generation starts from ``text[:cut]``, in order: the tokens before each are those of that prompt.
         special: begin with what the tokenizer puts before a single sequence (BOS), as ``text`` has none.
         end: close with the end-of-sequence token, supervised.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...] = ()
-    prompt_end: int | None = None
+    cuts: tuple[int, ...] = ()
     special: bool = False
     end: bool = False
 
@@ -50,22 +51,66 @@ def encode_passages(tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passa
     """
     if not passages:
         return []
-    all_ids, all_offsets = _batch(tokenizer, [passage.text for passage in passages])
-    cut = [index for index, passage in enumerate(passages) if passage.prompt_end is not None]
-    prompts, prompt_offsets = _batch(tokenizer, [passages[i].text[: passages[i].prompt_end] for i in cut])
-    for index, prompt, offsets in zip(cut, prompts, prompt_offsets, strict=True):
-        if all_ids[index][: len(prompt)] != prompt:
-            rest, rest_offsets = _continuation(tokenizer, passages[index])
-            all_ids[index], all_offsets[index] = prompt + rest, offsets + rest_offsets
+    bodies: list[Marked | None] = [None] * len(passages)
+    simple = [i for i, passage in enumerate(passages) if _is_prompt_and_rest(passage)]
+    for index, body in zip(simple, _prompts_and_rests(tokenizer, [passages[i] for i in simple]), strict=True):
+        bodies[index] = body
+    others = [i for i, body in enumerate(bodies) if body is None]
+    for index, body in zip(others, _by_characters(tokenizer, [passages[i] for i in others]), strict=True):
+        bodies[index] = body
     before = special_prefix(tokenizer) if any(passage.special for passage in passages) else []
     end = end_of_sequence(tokenizer) if any(passage.end for passage in passages) else -1
     marked = []
-    for passage, ids, offsets in zip(passages, all_ids, all_offsets, strict=True):
-        mask = _mask(offsets, passage.spans)
+    for passage, done in zip(passages, bodies, strict=True):
+        assert done is not None
+        ids, mask = done
         head = before if passage.special else []
         tail = [end] if passage.end and ids[-1:] != [end] else []
         marked.append((head + ids + tail, [False] * len(head) + mask + [True] * len(tail)))
     return marked
+
+
+def _is_prompt_and_rest(passage: Passage) -> bool:
+    """Tell whether all behind one prompt is supervised, so that its tokens need only be counted."""
+    return len(passage.cuts) == 1 and passage.spans == ((passage.cuts[0], len(passage.text)),)
+
+
+def _prompts_and_rests(tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage]) -> list[Marked | None]:
+    """Tokenise without asking which characters tokens cover; None where whole and prompt do not fit together."""
+    wholes = _ids(tokenizer, [passage.text for passage in passages])
+    prompts = _ids(tokenizer, [passage.text[: passage.cuts[0]] for passage in passages])
+    return [
+        (whole, [False] * len(prompt) + [True] * (len(whole) - len(prompt))) if whole[: len(prompt)] == prompt else None
+        for whole, prompt in zip(wholes, prompts, strict=True)
+    ]
+
+
+def _by_characters(tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage]) -> list[Marked]:
+    all_ids, all_offsets = _batch(tokenizer, [passage.text for passage in passages])
+    places = [(index, cut) for index, passage in enumerate(passages) for cut in passage.cuts]
+    prompts = _ids(tokenizer, [passages[index].text[:cut] for index, cut in places])
+    apart = {index for (index, _), ids in zip(places, prompts, strict=True) if all_ids[index][: len(ids)] != ids}
+    for index in apart:
+        all_ids[index], all_offsets[index] = _cut_where_needed(tokenizer, passages[index])
+    return [
+        (ids, _mask(offsets, passage.spans))
+        for passage, ids, offsets in zip(passages, all_ids, all_offsets, strict=True)
+    ]
+
+
+def _cut_where_needed(tokenizer: PreTrainedTokenizerBase, passage: Passage) -> tuple[list[int], Offsets]:
+    """Tokenise in pieces at those cuts before which the whole has other tokens than the prompt, from the first on.
+
+    What is decided for a cut depends on what stands before it, so that a prompt with earlier turns is cut alike.
+    """
+    needed: list[int] = []
+    whole = _pieces(tokenizer, passage.text, needed)
+    for cut in passage.cuts:
+        prompt, _ = _pieces(tokenizer, passage.text[:cut], needed)
+        if whole[0][: len(prompt)] != prompt:
+            needed.append(cut)
+            whole = _pieces(tokenizer, passage.text, needed)
+    return whole
 
 
 def text_problem(text: str) -> str | None:
@@ -101,6 +146,16 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
 def _batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[list[list[int]], list[Offsets]]:
     if not texts:
         return [], []
@@ -120,21 +175,26 @@ def _batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[list[l
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, passage: Passage) -> tuple[list[int], Offsets]:
-    """Tokenise what follows the prompt on its own.
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, cuts: Sequence[int]) -> tuple[list[int], Offsets]:
+    """Tokenise the text in pieces that end at the cuts.
 
-    It is tokenised behind a line break whose tokens are then dropped, because some tokenizers put a space
-    before the start of any text.
+    Each later piece is tokenised behind a line break whose tokens are then dropped, because some tokenizers put
+    a space before the start of any text.
     """
-    assert passage.prompt_end is not None
-    start = passage.prompt_end
-    (mark, joined, rest), (_, joined_offsets, rest_offsets) = _batch(
-        tokenizer, ["\n", "\n" + passage.text[start:], passage.text[start:]]
-    )
-    if joined[: len(mark)] == mark:
-        shifted = [(first + start - 1, last + start - 1) for first, last in joined_offsets[len(mark) :]]
-        return joined[len(mark) :], shifted
-    return rest, [(first + start, last + start) for first, last in rest_offsets]
+    edges = [0, *cuts, len(text)]
+    texts = [text[start:end] for start, end in itertools.pairwise(edges)]
+    plain, plain_offsets = _batch(tokenizer, texts)
+    (mark, *joined), (_, *joined_offsets) = _batch(tokenizer, ["\n", *("\n" + piece for piece in texts[1:])])
+    ids, offsets = plain[0], plain_offsets[0]
+    for index, start in enumerate(cuts, start=1):
+        behind, places, moved = joined[index - 1], joined_offsets[index - 1], start - 1
+        if behind[: len(mark)] == mark:
+            behind, places = behind[len(mark) :], places[len(mark) :]
+        else:
+            behind, places, moved = plain[index], plain_offsets[index], start
+        ids = ids + behind
+        offsets = offsets + [(first + moved, last + moved) for first, last in places]
+    return ids, offsets
 
 
 def _mask(offsets: Offsets, spans: Sequence[tuple[int, int]]) -> list[bool]:

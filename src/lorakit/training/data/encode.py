@@ -5,51 +5,33 @@ A masked label is -100. Labels stand at the position of their own token; shiftin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, quoted
 from lorakit.text import supervise
-from lorakit.text.chat import Messages, chat_passage
+from lorakit.text.chat import chat_passages
+from lorakit.text.template import moves_system, never_ends_a_turn
 from lorakit.text.tokens import Passage, encode_passages, end_of_sequence, special_prefix
-from lorakit.training.data.layouts import Detection, input_text, label_text
-from lorakit.training.data.table import Row, Table, name_rows, rows_error
+from lorakit.training.data.encoded import IGNORED, EncodedRow, EncodedSet
+from lorakit.training.data.encoding import Encoding, Progress, encode_with
+from lorakit.training.data.examples import Example, input_text, read_example
+from lorakit.training.data.layouts import MESSAGES, Detection, label_text
+from lorakit.training.data.table import Row, Table, rows_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+__all__ = [
+    "IGNORED",
+    "EncodedRow",
+    "EncodedSet",
+    "encode_classification",
+    "encode_generation",
+    "encode_language_modeling",
+]
 
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One row as the model takes it.
-
-    Attributes:
-        input_ids: the tokens.
-        labels: one per token (per target token for encoder-decoders), or the number of the class.
-        number: the row's line or record.
-        prompt: what the model is given, as ``lorakit.text.generate`` takes it; '' for language modeling.
-        expected: the completion, the class name or the text.
-        token_type_ids: which of two texts each token belongs to, for tokenizers that say so.
-    """
-
-    input_ids: list[int]
-    labels: list[int] | int
-    number: int
-    prompt: str
-    expected: str
-    token_type_ids: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class EncodedSet:
-    """Encoded rows, notes for the reader, and the ``separator`` that generation is to use."""
-
-    rows: tuple[EncodedRow, ...]
-    notes: tuple[str, ...]
-    separator: str = supervise.SEPARATOR
+_SHOWN_CHARACTERS = 1000
 
 
 def encode_classification(
@@ -58,6 +40,7 @@ def encode_classification(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     max_length: int,
+    progress: Progress | None = None,
 ) -> EncodedSet:
     """Encode texts, or pairs of texts, with the number of their class in ``labels``.
 
@@ -66,34 +49,7 @@ def encode_classification(
     Raises:
         DataError: a row's label is not in ``labels`` (all named).
     """
-    numbers = {label: number for number, label in enumerate(labels)}
-    names = [label_text(detection.value(row, "label")) for row in table.rows]
-    unknown = [
-        f"{table.unit} {row.number}: label '{name}'"
-        for row, name in zip(table.rows, names, strict=True)
-        if name not in numbers
-    ]
-    if unknown:
-        raise rows_error(table.source, unknown, f"The classes are {quoted(list(labels))}.")
-    texts = [str(detection.value(row, "text")) for row in table.rows]
-    pairs = [str(detection.value(row, "text_pair")) for row in table.rows]
-    inputs = (texts, pairs) if "text_pair" in detection.columns else (texts,)
-    whole = tokenizer(*inputs, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    long = [row.number for row, ids in zip(table.rows, whole["input_ids"], strict=True) if len(ids) > max_length]
-    encoded = tokenizer(*inputs, truncation=True, max_length=max_length, return_attention_mask=False)
-    types = encoded.get("token_type_ids") if len(inputs) == 2 else None
-    rows = tuple(
-        EncodedRow(
-            input_ids=encoded["input_ids"][index],
-            labels=numbers[name],
-            number=row.number,
-            prompt=input_text(row, detection),
-            expected=name,
-            token_type_ids=types[index] if types else None,
-        )
-        for index, (row, name) in enumerate(zip(table.rows, names, strict=True))
-    )
-    return EncodedSet(rows, (_note(table, long, f"cut to {max_length:,} tokens"),) if long else ())
+    return encode_with(lambda: _Classes(table, detection, tokenizer, labels, max_length), progress)
 
 
 def encode_generation(
@@ -103,10 +59,12 @@ def encode_generation(
     max_length: int,
     chat: bool,
     encoder_decoder: bool = False,
+    progress: Progress | None = None,
 ) -> EncodedSet:
     """Encode prompts and completions, instructions and outputs, or conversations; what is given is masked.
 
-    Rows of more than ``max_length`` tokens are left out whole, and the notes say which.
+    Of a conversation every answer of the assistant is learned, save those with ``"weight": 0``; of one for an
+    encoder-decoder the last. Rows of more than ``max_length`` tokens are left out whole, and the notes say which.
 
     Args:
         table: the rows.
@@ -115,23 +73,23 @@ def encode_generation(
         max_length: tokens in a row (for encoder-decoders: on either side).
         chat: write prompts and completions as messages; conversations always are.
         encoder_decoder: the labels are the completion's tokens, the inputs the prompt's.
+        progress: told of rows done.
 
     Raises:
-        DataError: a row has nothing to learn from or cannot be rendered (all named), or all are too long.
+        DataError: more than half of the rows have nothing to learn from or cannot be rendered (all named), or
+            all are too long.
     """
-    chat = chat or detection.layout == "messages"
-    examples = [_example(row, detection, chat) for row in table.rows]
-    separator = _common_separator([completion for _, completion, _ in examples])
-    if encoder_decoder:
-        rows = _source_and_target(table, examples, tokenizer, chat)
-    else:
-        rows = _one_sequence(table, examples, tokenizer, chat)
-    kept, notes = _fitting(table, rows, max_length)
-    return EncodedSet(kept, notes, separator)
+    chat = chat or detection.layout == MESSAGES
+    kind = _TwoSides if encoder_decoder else _Sequences
+    return encode_with(lambda: kind(table, detection, tokenizer, max_length, chat), progress)
 
 
 def encode_language_modeling(
-    table: Table, detection: Detection, tokenizer: PreTrainedTokenizerBase, max_length: int
+    table: Table,
+    detection: Detection,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    progress: Progress | None = None,
 ) -> EncodedSet:
     """Join all texts, each closed with the end of sequence, and cut them in blocks of ``max_length`` tokens.
 
@@ -141,139 +99,239 @@ def encode_language_modeling(
     Raises:
         DataError: all texts together are one token.
     """
-    texts = [str(detection.value(row, "text")) for row in table.rows]
-    before, end = special_prefix(tokenizer), end_of_sequence(tokenizer)
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    stream: list[int] = []
-    owners: list[int] = []
-    for index, ids in enumerate(encoded["input_ids"]):
-        stream += [*before, *ids, end]
-        owners += [index] * (len(before) + len(ids) + 1)
-    rows = []
-    for start in range(0, len(stream), max_length):
-        block = stream[start : start + max_length]
-        owner = owners[start]
-        if len(block) > 1:
-            rows.append(EncodedRow(block, list(block), table.rows[owner].number, "", texts[owner]))
-    if not rows:
-        raise DataError(f"{table.source}: all texts together have one token. Add text.")
-    return EncodedSet(tuple(rows), ())
+    return encode_with(lambda: _Blocks(table, detection, tokenizer, max_length), progress)
 
 
-Example = tuple[str, str, Messages | None]
+class _Classes(Encoding):
+    def __init__(
+        self,
+        table: Table,
+        detection: Detection,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+    ) -> None:
+        super().__init__(table, detection, tokenizer, max_length)
+        self.labels = list(labels)
+        self.numbers = {label: number for number, label in enumerate(labels)}
+        self.unknown: list[str] = []
 
+    def settings(self) -> Mapping[str, Any]:
+        return {"columns": self.detection.columns, "labels": self.labels, "max_length": self.max_length}
 
-def _example(row: Row, detection: Detection, chat: bool) -> Example:
-    """Return a row's prompt, its completion, and the conversation if it is one."""
-    if detection.layout == "messages":
-        messages: Messages = detection.value(row, "messages")
-        first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return messages[first - 1]["content"], messages[first]["content"], messages
-    if detection.layout == "instruction-output":
-        instruction, given = detection.value(row, "instruction"), detection.value(row, "input") or ""
-        write = supervise.instruction_message if chat else supervise.instruction_prompt
-        return write(instruction, given), detection.value(row, "output"), None
-    return detection.value(row, "prompt"), detection.value(row, "completion"), None
-
-
-def _one_sequence(
-    table: Table, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, chat: bool
-) -> list[EncodedRow]:
-    passages: list[Passage] = []
-    problems: list[str] = []
-    for row, (prompt, completion, messages) in zip(table.rows, examples, strict=True):
-        try:
-            if messages is not None:
-                passages.append(chat_passage(tokenizer, messages))
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
+        known = []
+        for row in rows:
+            name = label_text(self.detection.value(row, "label"))
+            if name in self.numbers:
+                known.append((row, name))
             else:
-                passages.append(supervise.completion_passage(tokenizer, prompt, completion, chat))
-        except DataError as error:
-            problems.append(f"{table.unit} {row.number}: {error}")
-    if problems:
-        raise rows_error(table.source, problems, "Mend or remove these rows.")
-    rows = []
-    marked = encode_passages(tokenizer, passages)
-    for row, (prompt, completion, _), (ids, mask) in zip(table.rows, examples, marked, strict=True):
-        labels = [token if kept else IGNORED for token, kept in zip(ids, mask, strict=True)]
-        rows.append(EncodedRow(ids, labels, row.number, prompt, completion))
-    return rows
+                self.unknown.append(f"{self.table.unit} {row.number}: label '{name}'")
+        if not known:
+            return []
+        ids, types = self._tokens([row for row, _ in known])
+        return [
+            EncodedRow(
+                input_ids=ids[index],
+                labels=self.numbers[name],
+                number=row.number,
+                prompt=input_text(row, self.detection),
+                expected=name,
+                token_type_ids=types[index] if types else None,
+            )
+            for index, (row, name) in enumerate(known)
+        ]
+
+    def _tokens(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[int]] | None]:
+        texts = [str(self.detection.value(row, "text")) for row in rows]
+        pairs = [str(self.detection.value(row, "text_pair")) for row in rows]
+        inputs = (texts, pairs) if "text_pair" in self.detection.columns else (texts,)
+        found = self.tokenizer(*inputs, return_attention_mask=False, verbose=False)
+        long = [index for index, ids in enumerate(found["input_ids"]) if len(ids) > self.max_length]
+        ids, types = list(found["input_ids"]), found.get("token_type_ids") if len(inputs) == 2 else None
+        if long:
+            self.long += [rows[index].number for index in long]
+            chosen = [[column[index] for index in long] for column in inputs]
+            cut = self.tokenizer(*chosen, truncation=True, max_length=self.max_length, return_attention_mask=False)
+            for place, index in enumerate(long):
+                ids[index] = cut["input_ids"][place]
+                if types:
+                    types[index] = cut["token_type_ids"][place]
+        return ids, types
+
+    def check(self) -> None:
+        if self.unknown:
+            raise rows_error(self.table.source, self.unknown, f"The classes are {quoted(self.labels)}.")
+        super().check()
+
+    def notes(self) -> tuple[str, ...]:
+        cut, self.long = self.long, []
+        found = super().notes()
+        self.long = cut
+        return (*found, *([self.note(cut, f"cut to {self.max_length:,} tokens")] if cut else []))
 
 
-def _source_and_target(
-    table: Table, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, chat: bool
-) -> list[EncodedRow]:
-    sources: list[str] = []
-    targets: list[str] = []
-    for prompt, completion, messages in examples:
-        given: str | Messages = prompt
-        if messages is not None:
-            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-            given, completion = messages[:last], messages[last]["content"]
-        sources.append(supervise.source_text(tokenizer, given, chat))
-        targets.append(completion)
-    inputs = supervise.source_tokens(tokenizer, sources)
-    labels = supervise.target_tokens(tokenizer, targets)
-    return [
-        EncodedRow(ids, target, row.number, prompt, completion)
-        for row, (prompt, completion, _), ids, target in zip(table.rows, examples, inputs, labels, strict=True)
-    ]
+class _Written(Encoding):
+    """What encodings of prompts and completions share."""
+
+    def __init__(
+        self,
+        table: Table,
+        detection: Detection,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        chat: bool,
+    ) -> None:
+        super().__init__(table, detection, tokenizer, max_length)
+        self.chat = chat
+        self.begin_blank = True
+        self.moved = self.rewritten = self.parts = 0
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "columns": self.detection.columns,
+            "layout": self.detection.layout,
+            "max_length": self.max_length,
+            "chat": self.chat,
+            "sides": type(self).__name__,
+        }
+
+    def separator(self) -> str:
+        return "" if self.begin_blank else supervise.SEPARATOR
+
+    def examples(self, rows: Sequence[Row]) -> list[tuple[Row, Example]]:
+        found = [(row, read_example(row, self.detection, self.chat)) for row in rows]
+        self.begin_blank &= all(supervise.separator_for(example.completion) == "" for _, example in found)
+        self.moved += sum(e.talk is not None and moves_system(self.tokenizer, e.talk) for _, e in found)
+        return found
+
+    def fitting(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+        """Leave out the rows that are too long, and those in which nothing is learned."""
+        kept = []
+        for row in rows:
+            if row.given == (len(row.labels) if isinstance(row.labels, list) else 1):
+                self.skipped.append((row.number, "nothing to learn from: every label is masked"))
+            elif row.length <= self.max_length:
+                kept.append(row)
+            else:
+                (self.full if row.given >= self.max_length else self.long).append(row.number)
+        return kept
+
+    def notes(self) -> tuple[str, ...]:
+        found = list(super().notes())
+        if self.moved:
+            found.append(
+                f"in {self.moved:,} rows the system message is put before the user's first message: the model's chat "
+                "template has no place for it."
+            )
+        if self.rewritten:
+            found.append(
+                f"{self.rewritten:,} rows are learned in {self.parts:,} parts: the model's chat template writes "
+                "earlier answers in another way than new ones."
+            )
+        if self.chat and never_ends_a_turn(self.tokenizer):
+            found.append(
+                "the model's chat template writes nothing behind an answer: the model cannot learn to stop. Give it a "
+                "template that ends a turn."
+            )
+        return tuple(found)
 
 
-def _fitting(
-    table: Table, rows: Sequence[EncodedRow], max_length: int
-) -> tuple[tuple[EncodedRow, ...], tuple[str, ...]]:
-    """Leave out the rows that are too long; refuse those that have nothing to learn from."""
-    masked = [row.number for row in rows if _given_length(row) == len(_labels(row))]
-    if masked:
-        raise DataError(
-            f"{table.source}: {_counted(masked, len(rows))} nothing to learn from: every label is masked "
-            f"({name_rows(masked, table.unit)}). Give each a completion."
+class _Sequences(_Written):
+    """Prompt and completion in one sequence."""
+
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
+        passages: list[Passage] = []
+        owners: list[tuple[Row, Example]] = []
+        for row, example in self.examples(rows):
+            try:
+                made = self._passages(example)
+            except DataError as error:
+                self.skipped.append((row.number, str(error).rstrip(".")))
+                continue
+            self.rewritten += len(made) > 1
+            self.parts += len(made) if len(made) > 1 else 0
+            passages += made
+            owners += [(row, example)] * len(made)
+        found = []
+        marked = encode_passages(self.tokenizer, passages)
+        for (row, example), (ids, mask) in zip(owners, marked, strict=True):
+            labels = [token if kept else IGNORED for token, kept in zip(ids, mask, strict=True)]
+            found.append(EncodedRow(ids, labels, row.number, example.prompt, example.completion))
+        return self.fitting(found)
+
+    def _passages(self, example: Example) -> list[Passage]:
+        if example.talk is not None:
+            return chat_passages(self.tokenizer, example.talk)
+        return [supervise.completion_passage(self.tokenizer, example.prompt, example.completion, self.chat)]
+
+
+class _TwoSides(_Written):
+    """Prompt and completion on the two sides of an encoder-decoder; of a conversation the last answer."""
+
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
+        examples = self.examples(rows)
+        sources, targets = [], []
+        for _, example in examples:
+            given: Any = example.prompt
+            completion = example.completion
+            if example.talk is not None:
+                last = example.talk.learned[-1]
+                given, completion = example.talk.messages[:last], example.talk.messages[last]["content"]
+            sources.append(supervise.source_text(self.tokenizer, given, self.chat))
+            targets.append(completion)
+        inputs = supervise.source_tokens(self.tokenizer, sources)
+        labels = supervise.target_tokens(self.tokenizer, targets)
+        return self.fitting(
+            [
+                EncodedRow(ids, target, row.number, example.prompt, example.completion)
+                for (row, example), ids, target in zip(examples, inputs, labels, strict=True)
+            ]
         )
-    kept: list[EncodedRow] = []
-    full: list[int] = []
-    long: list[int] = []
-    for row in rows:
-        length = max(len(row.input_ids), len(_labels(row)))
-        if length <= max_length:
-            kept.append(row)
-        elif _given_length(row) >= max_length:
-            full.append(row.number)
-        else:
-            long.append(row.number)
-    notes = []
-    if long:
-        notes.append(_note(table, long, f"left out: longer than {max_length:,} tokens"))
-    if full:
-        notes.append(_note(table, full, f"left out: the prompt alone fills the {max_length:,} tokens"))
-    if not kept:
-        raise DataError(f"{table.source}: no row is left. {' '.join(notes)} Allow more tokens or shorten the rows.")
-    return tuple(kept), tuple(notes)
 
 
-def _labels(row: EncodedRow) -> list[int]:
-    return row.labels if isinstance(row.labels, list) else [row.labels]
+class _Blocks(Encoding):
+    """Texts end to end, cut in blocks."""
 
+    def __init__(self, table: Table, detection: Detection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        super().__init__(table, detection, tokenizer, max_length)
+        self.before, self.end = special_prefix(tokenizer), end_of_sequence(tokenizer)
+        self.stream: list[int] = []
+        self.owners: list[tuple[int, Row]] = []  # where in the stream each row begins
 
-def _given_length(row: EncodedRow) -> int:
-    """Return how many tokens come before the first that is learned (all, where none is)."""
-    labels = _labels(row)
-    return next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+    def settings(self) -> Mapping[str, Any]:
+        return {"columns": self.detection.columns, "blocks": True, "max_length": self.max_length}
 
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
+        texts = [str(self.detection.value(row, "text")) for row in rows]
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        for row, ids in zip(rows, encoded["input_ids"], strict=True):
+            self.owners.append((len(self.stream), row))
+            self.stream += [*self.before, *ids, self.end]
+        return self._cut(len(self.stream) - len(self.stream) % self.max_length)
 
-def _common_separator(completions: Sequence[str]) -> str:
-    return "" if all(supervise.separator_for(text) == "" for text in completions) else supervise.SEPARATOR
+    def rest(self) -> list[EncodedRow]:
+        return self._cut(len(self.stream)) if len(self.stream) > 1 else []
 
+    def _cut(self, end: int) -> list[EncodedRow]:
+        rows, owner = [], 0
+        for start in range(0, end, self.max_length):
+            while owner + 1 < len(self.owners) and self.owners[owner + 1][0] <= start:
+                owner += 1
+            row = self.owners[owner][1]
+            block = self.stream[start : start + self.max_length]
+            text = str(self.detection.value(row, "text"))[:_SHOWN_CHARACTERS]
+            rows.append(EncodedRow(block, list(block), row.number, "", text))
+        left = [(place - end, row) for place, row in self.owners if place >= end]
+        reaching = [(0, row) for place, row in self.owners if place < end][-1:] if len(self.stream) > end else []
+        started = bool(left) and left[0][0] == 0
+        self.owners = left if started else [*reaching, *left]
+        self.stream = self.stream[end:]
+        return rows
 
-def _note(table: Table, numbers: Sequence[int], what: str) -> str:
-    total = len(table.rows)
-    return f"{len(numbers):,} of {total:,} rows {what} ({name_rows(numbers, table.unit)})."
-
-
-def _counted(numbers: Sequence[int], total: int) -> str:
-    return f"{len(numbers):,} of {total:,} rows {'has' if len(numbers) == 1 else 'have'}"
+    def check(self) -> None:
+        if not self.count and not self.skipped:
+            raise DataError(f"{self.table.source}: all texts together have one token. Add text.")
+        super().check()

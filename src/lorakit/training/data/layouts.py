@@ -1,14 +1,15 @@
 """The column layouts that lorakit understands, and how a row's fields are read once one is chosen.
 
-    task               layout              fields (and the column names they may have)
+    task               layout              fields
     classification     pair-label          text + text_pair + label
     classification     text-label          text + label
-    generation         messages            messages: a list of {"role", "content"}, as OpenAI's API has it
-    generation         prompt-completion   prompt + completion (response)
-    generation         instruction-output  instruction + output (response), input (context) may be empty
+    generation         messages            messages, with system and tools beside them; or an instruction or a prompt
+                                           with a history of turns or a system message beside it
+    generation         instruction-output  instruction + output, input may be empty
+    generation         prompt-completion   prompt + completion
     language-modeling  text                text
 
-Column names are compared without regard to case.
+Each field has the column names that common sets of examples use; they are compared without regard to case.
 """
 
 from __future__ import annotations
@@ -25,18 +26,33 @@ GENERATION = "generation"
 LANGUAGE_MODELING = "language-modeling"
 TASKS = (CLASSIFICATION, GENERATION, LANGUAGE_MODELING)
 
-TEXT_NAMES = ("text", "sentence", "content", "message", "question")
+MESSAGES = "messages"
+
+TEXT_NAMES = ("text", "sentence", "content", "message", "question", "review", "utterance", "tweet")
 LABEL_NAMES = ("label", "labels", "intent", "category", "class")
+ANSWER_NAMES = ("output", "response", "answer", "completion", "target")
+SYSTEM_NAMES = ("system", "system_prompt")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Fields that make up an example of ``task``, each with the column names it may have, best first."""
+    """Fields that make up an example of ``task``, each with the column names it may have, best first.
+
+    Attributes:
+        name: as stored in a run's ``task.json``.
+        task: what is learned.
+        words: what a reader calls such rows.
+        needed: fields without which it is not this layout.
+        optional: fields that it may have.
+        telling: of the optional ones, those of which some row must have one: else it is a plainer layout.
+    """
 
     name: str
     task: str
+    words: str
     needed: Mapping[str, tuple[str, ...]]
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    telling: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Return the needed columns for a message: ``'text' + 'label' (or 'labels', 'intent')``."""
@@ -44,30 +60,80 @@ class Layout:
         for name, names in self.needed.items():
             others = [other for other in names if other != name]
             parts.append(f"'{name}'" + (f" (or {quoted(others)})" if others else ""))
+        parts += [f"'{name}'" for name in self.telling[:1]]
         return " + ".join(parts)
 
+
+_INSTRUCTION = {"instruction": ("instruction",), "output": ANSWER_NAMES}
+_INPUT = {"input": ("input", "context")}
+_TURNS = {"history": ("history",), "system": SYSTEM_NAMES}
+# Names that go together: a column 'source' beside 'question' and 'answer' says where they are from.
+_PAIRS = (
+    ("prompt", ("completion", "response", "answer", "output", "target")),
+    ("question", ("answer", "response", "output", "completion")),
+    ("query", ("response", "answer", "output", "completion")),
+    ("input", ("output", "target", "response", "completion")),
+    ("source", ("target",)),
+)
 
 LAYOUTS = (
     Layout(
         "pair-label",
         CLASSIFICATION,
+        "pairs of texts with a label",
         {
-            "text": ("text", "sentence1", "premise"),
-            "text_pair": ("text_pair", "sentence2", "hypothesis"),
+            "text": ("text", "sentence1", "premise", "question1"),
+            "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
             "label": LABEL_NAMES,
         },
     ),
-    Layout("text-label", CLASSIFICATION, {"text": TEXT_NAMES, "label": LABEL_NAMES}),
-    Layout("messages", GENERATION, {"messages": ("messages",)}),
-    Layout("prompt-completion", GENERATION, {"prompt": ("prompt",), "completion": ("completion", "response")}),
+    Layout("text-label", CLASSIFICATION, "texts with a label", {"text": TEXT_NAMES, "label": LABEL_NAMES}),
+    Layout(
+        MESSAGES,
+        GENERATION,
+        "chat messages",
+        {"messages": ("messages", "conversations", "conversation", "dialog", "chat")},
+        {"system": SYSTEM_NAMES, "tools": ("tools",)},
+    ),
+    Layout(
+        MESSAGES,
+        GENERATION,
+        "instructions with turns before them",
+        _INSTRUCTION,
+        {**_INPUT, **_TURNS},
+        telling=("history", "system"),
+    ),
+    Layout("instruction-output", GENERATION, "instructions with outputs", _INSTRUCTION, _INPUT),
     Layout(
         "instruction-output",
         GENERATION,
-        {"instruction": ("instruction",), "output": ("output", "response")},
-        {"input": ("input", "context")},
+        "questions about a context",
+        {"instruction": ("question", "query"), "input": ("context", "passage"), "output": ANSWER_NAMES},
     ),
-    Layout("text", LANGUAGE_MODELING, {"text": ("text",)}),
+    *(
+        Layout(
+            MESSAGES,
+            GENERATION,
+            "prompts with turns before them",
+            {"prompt": (prompt,), "completion": completions},
+            _TURNS,
+            telling=("history", "system"),
+        )
+        for prompt, completions in _PAIRS
+    ),
+    *(
+        Layout(
+            "prompt-completion",
+            GENERATION,
+            "prompts with completions",
+            {"prompt": (prompt,), "completion": completions},
+        )
+        for prompt, completions in _PAIRS
+    ),
+    Layout("text", LANGUAGE_MODELING, "texts", {"text": ("text",)}),
 )
+
+FIELDS = tuple(dict.fromkeys(name for layout in LAYOUTS for name in {**layout.needed, **layout.optional}))
 
 
 @dataclass(frozen=True)
@@ -78,13 +144,15 @@ class Detection:
         task: 'classification', 'generation' or 'language-modeling'.
         layout: the name of one of ``LAYOUTS``.
         columns: the table's column for each field of the layout.
-        reason: why, in words for the reader.
+        reason: what was found, in words for the reader.
+        skipped: rows that teach nothing and are left out, each with why.
     """
 
     task: str
     layout: str
     columns: dict[str, str]
     reason: str
+    skipped: tuple[tuple[int, str], ...] = ()
 
     def value(self, row: Row, name: str) -> Any:
         """Return the row's value of the field ``name``; None where the row or the layout has none."""
@@ -103,17 +171,3 @@ def label_text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value).strip()
-
-
-def input_text(row: Row, detection: Detection) -> str:
-    """Return all that the model is given of a row, as one text: what makes two examples the same."""
-    if detection.layout == "messages":
-        turns = []
-        for message in row.fields[detection.columns["messages"]]:
-            if message["role"] == "assistant":
-                break
-            turns.append(f"{message['role']}: {message['content']}")
-        return "\n".join(turns)
-    names = ("text", "text_pair", "prompt", "instruction", "input")
-    given = (detection.value(row, name) for name in names)
-    return "\n".join(str(value) for value in given if value)

@@ -1,7 +1,7 @@
-"""Read files of examples: JSONL, JSON, CSV, TSV, Parquet, or plain text in paragraphs.
+"""Read examples: a file, a folder of files for training and validation, a saved dataset, a name on the hub.
 
-Every row keeps the number a reader finds it by (the line of a text file, the record of a JSON list or
-a Parquet file), so that later complaints can name it.
+Every row keeps the number a reader finds it by (the line of a text file, the record of a list or a table), so that
+later complaints can name it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import DataError, did_you_mean, quoted
-from lorakit.training.data.parse import READERS
+from lorakit.errors import DataError, did_you_mean
+from lorakit.training.data.folders import read_folder
+from lorakit.training.data.hub import may_be_hub_name, read_hub
+from lorakit.training.data.parse import COMPRESSIONS, READERS, kind_of
+from lorakit.training.data.saved import table_of
 from lorakit.training.data.table import Row, Table, from_objects
 
 if TYPE_CHECKING:
@@ -20,26 +23,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Row", "Table", "read_splits", "read_table", "table_from_rows"]
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
-}
-
 
 def read_table(path: str | Path) -> Table:
-    """Read one file; its suffix says how.
+    """Read one file; its suffix says how, and ``.gz`` or ``.zst`` may follow it.
 
     JSONL and NDJSON hold an object a line; JSON a list of objects (or JSONL); CSV and TSV have their column
     names in the first line (a CSV may use ``;`` or tabs); TXT holds paragraphs parted by blank lines, each a
-    row with the field 'text'. Text files are UTF-8, with or without a byte order mark.
+    row with the field 'text'. Text files are UTF-8, with or without a byte order mark. The rows of large JSONL,
+    Parquet and Arrow files are not held as Python objects.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind, not UTF-8, or has broken rows (all named).
     """
     file = Path(path)
     _must_exist(file)
-    reader = READERS.get(file.suffix.lower())
+    reader = READERS.get(kind_of(file))
     if reader is None:
         raise DataError(f"'{file}' ends in '{file.suffix}'. Files of examples that are read: {_suffixes()}.")
     if file.stat().st_size == 0:
@@ -54,29 +52,22 @@ def read_table(path: str | Path) -> Table:
 
 
 def read_splits(path: str | Path) -> dict[str, Table]:
-    """Read a file as ``{"train": table}``, or a folder's files named train, validation and test.
+    """Read the rows of a file, a folder, a saved dataset or a hub name, by what they are for.
+
+    A file is ``{"train": table}``. A folder holds files named train, validation and test, whole or in shards, or
+    folders of such names, or is what ``datasets`` has saved. A text that is no place on this machine may be a hub name:
+    ``org/name``, ``org/name:config``, ``org/name@revision``, ``org/name[split]``.
 
     Raises:
-        DataError: as ``read_table``; or a folder without a train file, or with two files for one split.
+        DataError: as ``read_table``; or a folder without training rows, or with two files for one split; or a hub
+            name that cannot be had.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        return {"train": read_table(folder)}
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in READERS)
-    found: dict[str, list[Path]] = {
-        split: [file for file in files if file.stem.lower() in names] for split, names in SPLIT_NAMES.items()
-    }
-    for split, several in found.items():
-        if len(several) > 1:
-            names = quoted([file.name for file in several])
-            raise DataError(f"'{folder}' has several {split} files: {names}. Keep one, or give a file.")
-    if not found["train"]:
-        seen = quoted([file.name for file in files]) if files else "no file of examples"
-        raise DataError(
-            f"'{folder}' has no file named 'train' ({_suffixes()}); found {seen}. "
-            "Rename the training file to 'train', or give the file itself."
-        )
-    return {split: read_table(files[0]) for split, files in found.items() if files}
+    place = Path(path)
+    if place.is_dir():
+        return read_folder(place, read_table)
+    if not place.exists() and isinstance(path, str) and may_be_hub_name(path, (*READERS, *COMPRESSIONS)):
+        return read_hub(path)
+    return {"train": read_table(place)}
 
 
 def table_from_rows(rows: Iterable[Mapping[str, Any]] | Dataset, source: str = "rows") -> Table:
@@ -87,15 +78,13 @@ def table_from_rows(rows: Iterable[Mapping[str, Any]] | Dataset, source: str = "
     """
     if isinstance(rows, (str, bytes, Mapping)):
         raise DataError(f"{source}: a list of dictionaries is needed, found {type(rows).__name__}.")
-    names = _class_names(rows)
-    table = from_objects(source, enumerate(rows, start=1), "record")
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(rows, datasets.Dataset):
+        table = table_of(rows, source)
+    else:
+        table = from_objects(source, enumerate(rows, start=1), "record")
     if not table.rows:
         raise DataError(f"{source}: there are no rows. Give one dictionary per example.")
-    for row in table.rows:
-        for column, classes in names.items():
-            number = row.fields.get(column)
-            if isinstance(number, int) and 0 <= number < len(classes):
-                row.fields[column] = classes[number]
     return table
 
 
@@ -110,12 +99,3 @@ def _must_exist(file: Path) -> None:
 
 def _suffixes() -> str:
     return ", ".join(READERS)
-
-
-def _class_names(rows: object) -> dict[str, list[str]]:
-    datasets = sys.modules.get("datasets")
-    if datasets is None or not isinstance(rows, datasets.Dataset):
-        return {}
-    return {
-        name: list(feature.names) for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)
-    }

@@ -6,18 +6,31 @@ answer cannot be tested with it.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lorakit.errors import DataError, quoted
-from lorakit.training.data.layouts import CLASSIFICATION, Detection, input_text, label_text
+from lorakit.training.data.checks import is_usable
+from lorakit.training.data.examples import input_text
+from lorakit.training.data.layouts import CLASSIFICATION, Detection, label_text
 from lorakit.training.data.table import Row, Table, rows_error
 
 MIN_ROWS = 4
 MAX_FREE_LABELS = 50
 
-Group = list[Row]
+
+@dataclass
+class Group:
+    """Rows with the same input: their places in the table, and how many there are of each class."""
+
+    places: list[int] = field(default_factory=list)
+    labels: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def split_rows(
@@ -26,7 +39,8 @@ def split_rows(
     """Part a table in training and validation rows, the same way for the same seed.
 
     The validation part has ``fraction`` of the rows, at least 1 and at most ``max_rows``. For classification
-    each class gives its share, and keeps at least one row for training.
+    each class gives its share, and keeps at least one row for training. Rows that teach nothing are not held
+    back; they stay where encoding will name them.
 
     Returns:
         The training table and the validation table, each in the table's order.
@@ -44,18 +58,17 @@ def split_rows(
     shuffler = random.Random(seed)
     shuffler.shuffle(groups)
     if detection.task == CLASSIFICATION:
-        held = _held_by_class(groups, detection, target)
+        held = _held_by_class(groups, target)
     else:
         held = _take(groups, target, len(table.rows) - 1)
-    numbers = {row.number for group in held for row in group}
-    if not numbers:
+    places = {place for group in held for place in group.places}
+    if not places:
         raise DataError(
             f"{table.source}: no row can be held back for validation: the inputs are all the same, or each "
             "class has one input only. Add rows, or give a folder with the files 'train' and 'validation'."
         )
-    train = tuple(row for row in table.rows if row.number not in numbers)
-    validation = tuple(row for row in table.rows if row.number in numbers)
-    return Table(table.source, train, table.unit), Table(table.source, validation, table.unit)
+    train = [place for place in range(len(table.rows)) if place not in places]
+    return table.chosen(train), table.chosen(sorted(places))
 
 
 def label_names(tables: Mapping[str, Table], detection: Detection) -> tuple[str, ...]:
@@ -67,7 +80,7 @@ def label_names(tables: Mapping[str, Table], detection: Detection) -> tuple[str,
     """
     name = "train" if "train" in tables else next(iter(tables))
     train = tables[name]
-    counts = Counter(_label(row, detection) for row in train.rows)
+    counts = Counter(_label(row, detection) for row in train.rows if is_usable(row, detection))
     column = detection.columns["label"]
     if len(counts) == 1:
         only = next(iter(counts))
@@ -80,30 +93,41 @@ def label_names(tables: Mapping[str, Table], detection: Detection) -> tuple[str,
             "'prompt' and 'completion' to generate text."
         )
     for other, table in tables.items():
-        unseen = [row for row in table.rows if _label(row, detection) not in counts]
-        if unseen and other != name:
+        if other == name:
+            continue
+        usable = (row for row in table.rows if is_usable(row, detection))
+        unseen = [row for row in usable if _label(row, detection) not in counts]
+        if unseen:
             problems = [f"{table.unit} {row.number}: label '{_label(row, detection)}'" for row in unseen]
             advice = f"These labels are not in {train.source}, which has {quoted(_in_order(list(counts)))}."
             raise rows_error(table.source, problems, advice)
     return tuple(_in_order(list(counts)))
 
 
+def same_input_key(text: str) -> bytes:
+    """Return what two inputs share that are the same but for case and white space; short, as there may be many."""
+    return hashlib.blake2b(" ".join(text.split()).casefold().encode(), digest_size=12).digest()
+
+
 def _groups(table: Table, detection: Detection) -> list[Group]:
-    groups: dict[str, Group] = {}
-    for row in table.rows:
-        key = " ".join(input_text(row, detection).split()).casefold()
-        groups.setdefault(key, []).append(row)
+    groups: dict[bytes, Group] = {}
+    for place, row in enumerate(table.rows):
+        if not is_usable(row, detection):
+            continue
+        group = groups.setdefault(same_input_key(input_text(row, detection)), Group())
+        group.places.append(place)
+        if detection.task == CLASSIFICATION:
+            group.labels[_label(row, detection)] += 1
     return list(groups.values())
 
 
-def _held_by_class(groups: Sequence[Group], detection: Detection, target: int) -> list[Group]:
+def _held_by_class(groups: Sequence[Group], target: int) -> list[Group]:
     by_class: dict[str, list[Group]] = {}
     sizes: Counter[str] = Counter()
     for group in groups:
-        labels = {_label(row, detection) for row in group}
-        sizes.update(_label(row, detection) for row in group)
-        if len(labels) == 1:  # an input that has two labels is no fair question: it stays in training
-            by_class.setdefault(labels.pop(), []).append(group)
+        sizes.update(group.labels)
+        if len(group.labels) == 1:  # an input that has two labels is no fair question: it stays in training
+            by_class.setdefault(next(iter(group.labels)), []).append(group)
     quotas = _quotas(sizes, target)
     held: list[Group] = []
     for label in sorted(by_class):
