@@ -1,0 +1,311 @@
+"""One real optimizer step on tensors that have shapes and no memory.
+
+The model's own code, ``lorakit.attach``, the task's loss and the training's own ``Stepper`` run under torch's
+``FakeTensorMode``; a second mode around it counts storages and floating-point operations. So the estimate is the step
+itself. Questions about values, which such tensors cannot answer, are answered as a usual batch would: every number is
+finite, and the supervised positions are as many as the rows have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lorakit.adapters import attach
+from lorakit.errors import ModelError
+from lorakit.methods import Method
+from lorakit.training.costs.parts import Ledger, Memory, Peaks
+from lorakit.training.data.batches import Collator
+from lorakit.training.data.encode import EncodedRow
+from lorakit.training.plan import Plan
+from lorakit.training.spec import TaskSpec
+from lorakit.training.stepper import Stepper
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ADAPTER = "default"
+AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification"}
+_HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is simulated.
+
+    Attributes:
+        config: the model's.
+        dtype: of the base's weights.
+        spec: the task.
+        method: what is trained; None for full fine-tuning in place: the base's own parameters, no adapter.
+        attaching: the other arguments of ``lorakit.attach``.
+        plan: optimizer, micro-batch and the like.
+        pad_token_id: what rows are padded with.
+        trust_remote_code: let code of the model's repository run.
+    """
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    spec: TaskSpec
+    method: Method | None
+    attaching: dict[str, Any]
+    plan: Plan
+    pad_token_id: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one optimizer step of one kind of training takes.
+
+    Attributes:
+        peaks: memory; with more than one micro-batch, of one that is not the first.
+        num_trainable: numbers that are trained.
+        trained_bytes: of the parameters that are trained.
+        state_bytes: of the optimizer's state.
+        flops: of one micro-batch, forward and backward.
+    """
+
+    peaks: Peaks
+    num_trainable: int
+    trained_bytes: int
+    state_bytes: int
+    flops: int
+
+    @property
+    def memory(self) -> Memory:
+        """The peak of the step."""
+        return self.peaks.highest
+
+    def extended(self, other: Cost, factor: float) -> Cost:
+        """Go on along the line from here through ``other``."""
+        names = ("num_trainable", "trained_bytes", "state_bytes", "flops")
+        values = {n: round(getattr(self, n) + factor * (getattr(other, n) - getattr(self, n))) for n in names}
+        return Cost(self.peaks.extended(other.peaks, factor), **values)
+
+
+def simulate(setup: Setup, rows: Sequence[EncodedRow]) -> Cost:
+    """Simulate one optimizer step after the first, when the optimizer has its state.
+
+    Args:
+        setup: what is trained and how.
+        rows: one micro-batch. If the plan's batch is larger, gradients of one before are there already.
+
+    Raises:
+        ModelError: the model's code asks for values in a way that cannot be answered without any.
+        InputError: the adapter cannot be attached.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    task = setup.spec.kind
+    ledger = SimulatedStep(sum(task.units(row) for row in rows), _outputs(setup, len(rows)))
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+            # Copying a module asks for the addresses of its tensors, which are none here.
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            model = build(setup)
+            weights = _bytes(model)
+            with ledger:
+                return _step(setup, model, rows, ledger, weights)
+    except RuntimeError as error:  # torch's own for questions about values, and kernels without shapes alone
+        raise ModelError(
+            f"a step of {setup.config.model_type} cannot be simulated: its code chooses what it computes by values, or "
+            f"uses an operation that torch cannot run without them ({str(error).splitlines()[0]}). Train with "
+            "max_steps 1 to see what it takes."
+        ) from error
+
+
+def build(setup: Setup) -> nn.Module:
+    """Return the frozen model of a config, in the mode that is on."""
+    import transformers
+
+    from lorakit.bases.quiet import quiet_transformers
+
+    seq2seq = bool(setup.config.is_encoder_decoder)
+    usual = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
+    auto: Any = getattr(transformers, AUTO_CLASSES.get(setup.spec.task, usual))
+    with quiet_transformers():
+        model: nn.Module = auto.from_config(setup.config, dtype=setup.dtype, trust_remote_code=setup.trust_remote_code)
+    return model.requires_grad_(False).eval()
+
+
+class SimulatedStep(Ledger):  # type: ignore[no-untyped-call]
+    """Count storages and operations of a step without values, and answer what only values could.
+
+    Attributes:
+        flops: multiplications and additions of matrix products so far.
+    """
+
+    def __init__(self, num_units: int, outputs: tuple[int, ...]) -> None:
+        super().__init__()
+        self.num_units, self.outputs = num_units, outputs
+        self.flops = 0
+        self.in_step = self.in_forward = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        from torch.utils.flop_counter import flop_registry
+
+        aten = torch.ops.aten
+        if func is aten._local_scalar_dense.default:
+            return _usual_value(args[0])
+        if func in (aten.index.Tensor, aten._index_put_impl_.default, aten.index_put.default, aten.index_put_.default):
+            args = (args[0], self._positions(args[1]), *args[2:])
+        before, known = self.num_events, self.num_storages
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **(kwargs or {}), out_val=result))
+        if self.in_step and any(self._is_logits(leaf) for leaf in tree_leaves(result)):
+            self.name(result, "logits", since=known)
+            if self.in_forward:
+                self.in_forward = False
+                self.begin("loss", before)
+        return result
+
+    def _is_logits(self, leaf: Any) -> bool:
+        """Tell by the shape: scores of all words for many positions, or of all classes for each row."""
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 2:
+            return False
+        return tuple(leaf.shape[-len(self.outputs) :]) == self.outputs
+
+    def _positions(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Turn a mask into as many positions as there are supervised ones, which is what the operation does inside."""
+        found: list[Tensor | None] = []
+        for index in indices:
+            if isinstance(index, Tensor) and index.dtype == torch.bool:
+                found += [torch.zeros(self.num_units, dtype=torch.int64, device=index.device) for _ in index.shape]
+            else:
+                found.append(index)
+        return found
+
+
+def _step(setup: Setup, model: nn.Module, rows: Sequence[EncodedRow], ledger: SimulatedStep, weights: int) -> Cost:
+    """Attach, give the optimizer its state, and take a step."""
+    ledger.label = "adapter"
+    handle: Any = InPlace(model) if setup.method is None else attach(model, setup.method, **setup.attaching)
+    accumulates = setup.plan.batch_size > len(rows)
+    plan = replace(setup.plan, micro_batch=len(rows), compile=False)
+    ledger.label = "activations"
+    collator = setup.spec.kind.collator(setup.pad_token_id)
+    stepper = Stepper(handle, ADAPTER, setup.spec.kind, _collate(collator), plan)
+    num_done = 0
+
+    def arrived(parameter: Tensor) -> None:
+        nonlocal num_done
+        ledger.name(parameter.grad, "gradients")
+        num_done += 1
+        if num_done == -(-len(stepper.parameters) // 2):
+            ledger.begin("backward")
+
+    ledger.label = "gradients"
+    for parameter in stepper.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    ledger.label = "optimizer"
+    stepper.optimizer.step()
+    if not accumulates:
+        stepper.optimizer.zero_grad(set_to_none=True)
+    ledger.label = "activations"
+    for parameter in stepper.parameters:
+        parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+    with in_training_mode(model, setup.plan):
+        ledger.begin("forward")
+        ledger.in_step = ledger.in_forward = True
+        loss = stepper.gradients(rows)
+        ledger.in_step = False
+        if num_done < -(-len(stepper.parameters) // 2):
+            ledger.begin("backward")
+        ledger.begin("update")
+        stepper.settle(loss)
+    state = [value for entry in stepper.optimizer.state.values() for value in entry.values()]
+    return Cost(
+        ledger.peaks(weights),
+        sum(parameter.numel() for parameter in stepper.parameters),
+        sum(parameter.nbytes for parameter in stepper.parameters),
+        sum(value.nbytes for value in state if isinstance(value, Tensor)),
+        ledger.flops,
+    )
+
+
+@contextlib.contextmanager
+def in_training_mode(model: Any, plan: Plan) -> Iterator[None]:
+    """Put the model in the mode that the training loop does, and in evaluation mode afterwards."""
+    from lorakit.bases.quiet import quiet_transformers
+
+    model.train()
+    with quiet_transformers(), warnings.catch_warnings():
+        # The name that older versions of transformers know as well.
+        warnings.filterwarnings(
+            "ignore", message=".*gradient_checkpointing_.*able. is deprecated", category=FutureWarning
+        )
+        if plan.grad_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            yield
+        finally:
+            if plan.grad_checkpointing:
+                model.gradient_checkpointing_disable()
+            model.eval()
+
+
+class InPlace:
+    """Full fine-tuning as it is usual: the model's own parameters are trained, with no copy and no way back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.requires_grad_(True)
+        self.method = _no_updates()
+
+    def entry(self, name: str) -> InPlace:
+        """Return what says the method."""
+        return self
+
+    def updates(self, name: str) -> dict[str, Any]:
+        """Return no updates."""
+        return {}
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return the model's parameters, tied ones once."""
+        return dict(self.model.named_parameters())
+
+
+def _no_updates() -> Method:
+    from lorakit.methods.full import Full
+
+    return Full()
+
+
+def _collate(collator: Collator) -> Any:
+    """Leave the mask of a batch without padding away: transformers does so, but only where there are values."""
+
+    def collate(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+        batch = collator(rows)
+        if all(len(row.input_ids) == batch["input_ids"].shape[1] for row in rows):
+            del batch["attention_mask"]
+        return batch
+
+    return collate
+
+
+def _usual_value(tensor: Tensor) -> Any:
+    if tensor.dtype == torch.bool:
+        return False
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def _outputs(setup: Setup, num_rows: int) -> tuple[int, ...]:
+    """Return the last dimensions of logits."""
+    if setup.spec.labels:
+        return num_rows, len(setup.spec.labels)
+    return (int(setup.config.get_text_config().vocab_size),)
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
