@@ -74,10 +74,11 @@ def same_losses(shared: Path, num_steps: int) -> dict[str, float]:
     import lorakit as lk
     from lorakit.training.config import TrainConfig
     from lorakit.training.data.batches import BatchOrder
-    from lorakit.training.loop import Plan, schedule, train
-    from lorakit.training.objectives import summed_loss
+    from lorakit.training.loop import train
     from lorakit.training.observe import Observer
+    from lorakit.training.plan import Plan
     from lorakit.training.prepare import prepare
+    from lorakit.training.schedule import Schedule
 
     model, data = shared / "models/tiny-llama-en", shared / "data/e2e/valid.jsonl"
     config = TrainConfig(dtype="fp32", seed=0, max_steps=num_steps)
@@ -91,19 +92,20 @@ def same_losses(shared: Path, num_steps: int) -> dict[str, float]:
         peft_model = PeftModel.from_pretrained(theirs.base.model, folder, is_trainable=True)
     plan = Plan(num_steps, ours.recipe.batch_size, ours.recipe.batch_size, ours.recipe.lr)
     losses = Losses()
-    train(handle, "default", ours.train, collate, plan, losses.observer())
+    task = ours.spec.kind
+    train(handle, "default", task, ours.train, collate, plan, losses.observer())
 
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=0.0, fused=True)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, num_steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule("linear", num_steps))
     peft_model.train()
     lengths = [len(row.input_ids) for row in theirs.train]
     found: list[float] = []
     epoch = 0
     while len(found) < num_steps:
         for numbers in BatchOrder(lengths, plan.batch_size, plan.seed, epoch):
-            total, count = summed_loss(peft_model, collate([theirs.train[i] for i in numbers]))
-            loss = total / count
+            rows = [theirs.train[i] for i in numbers]
+            loss = task.loss(peft_model, collate(rows)) / sum(task.units(row) for row in rows)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, plan.clip_norm)
             optimizer.step()

@@ -20,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(caches, ignore_errors=True))
     os.environ.update(
         HF_HOME=caches,  # what datasets and transformers write does not land in the user's own cache
+        LORAKIT_CACHE=caches,
         HF_HUB_OFFLINE="1",
         MPLBACKEND="Agg",
         TOKENIZERS_PARALLELISM="false",  # its threads would outlive the forks of data loaders

@@ -10,7 +10,23 @@ from typer.testing import CliRunner
 from lorakit.cli.main import app
 from lorakit.version import __version__
 
-COMMANDS = ("train", "eval", "predict", "generate", "merge", "inspect", "methods", "demo", "demo text")
+COMMANDS = (
+    *(
+        "train",
+        "resume",
+        "preview",
+        "plan",
+        "eval",
+        "predict",
+        "generate",
+        "chat",
+        "merge",
+        "inspect",
+        "spectrum",
+        "methods",
+    ),
+    *("demo", "demo text", "demo digits"),
+)
 TRAIN_OPTIONS = [
     "task",
     "method",
@@ -30,6 +46,17 @@ TRAIN_OPTIONS = [
     "dtype",
     "device",
     "seed",
+    "optimizer",
+    "schedule",
+    "warmup",
+    "weight-decay",
+    "clip-norm",
+    "eval-every",
+    "patience",
+    "save-every",
+    "keep",
+    "grad-checkpointing",
+    "compile",
     "revision",
     "trust-remote-code",
     "output",

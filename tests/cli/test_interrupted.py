@@ -52,7 +52,9 @@ def stopped(place: Path, start: Start) -> tuple[Done, Path]:
 def test_an_interrupted_training_says_where_its_adapter_is(stopped: tuple[Done, Path]) -> None:
     done, _ = stopped
     assert done.code == 130
-    assert done.message == "interrupted: the adapter so far is saved whole in 'stopped'."
+    assert done.message == (
+        "interrupted: the adapter so far is saved whole in 'stopped'.\ngo on with: lorakit resume stopped"
+    )
     assert "interrupted after step" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -61,6 +63,36 @@ def test_an_interrupted_training_leaves_an_adapter_that_works(stopped: tuple[Don
     _, folder = stopped
     assert json.loads((folder / "run.json").read_text())["finished"] is False
     assert quick("eval", folder, place / "test.jsonl", "--json").code == 0
+
+
+def test_a_run_that_was_killed_goes_on_with_resume(place: Path, start: Start) -> None:
+    folder = place / "killed"
+    often = ("--save-every", 1, "--max-steps", 300, "--epochs", 100)
+    process = start("train", "encoder", "opinions.jsonl", "-o", "killed", *often, cwd=place)
+    wait_for(lambda: num_lines(folder / "metrics.jsonl") >= 5, process)
+    process.kill()
+    assert finish(process).code == -signal.SIGKILL
+    done = quick("resume", folder, "--json")
+    assert done.code == 0, done.stderr
+    assert "going on after step" in done.stderr
+    assert done.json["finished"] is True
+    assert done.json["num_steps"] == 300
+    again = quick("resume", folder)
+    assert (again.code, again.message.startswith("the run in ")) == (2, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once_and_loses_nothing(place: Path, start: Start, number: int) -> None:
+    name = f"twice-{int(number)}"
+    process = start("train", "encoder", "opinions.jsonl", "-o", name, *LONG, cwd=place)
+    wait_for(lambda: num_lines(place / name / "metrics.jsonl") >= 3, process)
+    process.send_signal(number)
+    process.send_signal(number)
+    done = finish(process)
+    assert done.code == 130
+    assert f"go on with: lorakit resume {name}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list((place / name / "checkpoints").iterdir())) >= 1
 
 
 def test_an_interruption_before_the_first_step_leaves_nothing(place: Path, start: Start, tmp_path: Path) -> None:

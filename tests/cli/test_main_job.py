@@ -54,11 +54,13 @@ def test_training_with_json_prints_one_object(place: Path, lorakit: Command) -> 
     }
 
 
+def test_quiet_training_prints_the_run_folder_and_nothing_else(place: Path) -> None:
+    done = quick("train", place / "encoder", place / "opinions.jsonl", "-q", "--max-steps", 2, "-o", place / "quiet")
+    assert (done.code, done.stdout.strip(), done.stderr) == (0, str(place / "quiet"), "")
+
+
 def test_a_run_trains_again_from_its_own_config(classifier: Path, tmp_path: Path) -> None:
-    settings = (classifier / "config.yaml").read_text(encoding="utf-8")
-    data = classifier.parent
-    (tmp_path / "again.yaml").write_text(f"model: {data}/encoder\ndata: {data}/opinions.jsonl\n{settings}")
-    done = quick("train", "--config", tmp_path / "again.yaml", "-o", tmp_path / "again", "--json")
+    done = quick("train", "--config", classifier / "config.yaml", "-o", tmp_path / "again", "--json")
     assert done.code == 0, done.stderr
     before = json.loads((classifier / "run.json").read_text())
     assert done.json["after"]["loss"] == pytest.approx(before["after"]["loss"], rel=1e-4)  # sums in another order

@@ -42,7 +42,7 @@ def test_the_adapter_counts_as_saved_once_the_next_stage_begins() -> None:
     seen = []
     for stage in ("training", "saving the adapter", "measuring the adapted model", "drawing"):
         watch.stage(stage)
-        seen.append(watch.saved)
+        seen.append(watch.adapter_saved)
     assert seen == [False, False, True, True]
 
 

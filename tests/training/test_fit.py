@@ -41,7 +41,16 @@ CASES = {
     "sequence to sequence": ("t5", "prompted"),
     "tied weights": ("llama-tied", "prompted"),
 }
-FILES = {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "task.json", "run.json", "metrics.jsonl"}
+FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "checkpoints",
+    "config.yaml",
+    "metrics.jsonl",
+    "run.json",
+    "start.json",
+    "task.json",
+}
 # The same numbers in batches of other sizes: fp32 sums in another order.
 SAME_LOSS = 1e-6
 
@@ -99,7 +108,9 @@ def test_the_folder_is_complete_and_nothing_else_is_in_it(finished: Finished) ->
 def test_the_files_of_a_run_have_the_modes_that_the_umask_says(finished: Finished) -> None:
     mask = os.umask(0)
     os.umask(mask)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in finished.folder.iterdir()} == {0o666 & ~mask}
+    entries = list(finished.folder.rglob("*"))
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in entries if entry.is_file()} == {0o666 & ~mask}
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in entries if entry.is_dir()} == {0o777 & ~mask}
 
 
 def test_the_folder_says_what_the_run_said(finished: Finished) -> None:

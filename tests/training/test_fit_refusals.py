@@ -51,7 +51,20 @@ REFUSED: dict[str, tuple[dict[str, Any], type[InputError], str]] = {
     "target": ({"targets": "q_proj"}, TargetError, "'q_proj'"),
     "too long": ({"max_length": 65}, ConfigError, "max_length 65 is above the model's context of 64 tokens"),
     "device": ({"device": "cuda:99"}, ConfigError, "device 'cuda:99'|unknown device"),
-    "unknown task": ({"task": "clasification"}, ConfigError, "task"),
+    "unknown task": ({"task": "clasification"}, ConfigError, "no task 'clasification'. Closest: 'classification'"),
+    "unknown optimizer": (
+        {"optimizer": "adam"},
+        ConfigError,
+        "optimizer: Input should be 'adamw', 'sgd' or 'adafactor'",
+    ),
+    "unknown schedule": (
+        {"schedule": "step"},
+        ConfigError,
+        "schedule: Input should be 'linear', 'cosine' or 'constant'",
+    ),
+    "warm-up of broken steps": ({"warmup": 1.5}, ConfigError, "a share of the steps below 1, or a whole number"),
+    "no checkpoint kept": ({"keep": 0}, ConfigError, "keep: "),
+    "no patience": ({"patience": 0}, ConfigError, "patience: "),
     "task of other rows": ({"task": "generation"}, DataError, "do not fit the task 'generation'"),
     "no validation file": ({"validation": "missing.jsonl"}, DataError, "missing.jsonl"),
     "validation share": ({"validation": 1.5}, ConfigError, "validation"),
@@ -203,9 +216,3 @@ def test_weights_that_are_no_numbers_are_refused(bases: Callable[[str], Path], r
     AutoTokenizer.from_pretrained(bases("bert")).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="NaN or infinity"):
         fit(tmp_path, rows_of("classified"))
-
-
-def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one of 2 processes"):
-        fit(tmp_path, [{"text": "a", "label": "b"}])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -19,15 +18,23 @@ from lorakit.adapters import Handle, attach
 from lorakit.errors import TrainingError
 from lorakit.methods import Update
 from lorakit.methods.lora import LoRA
-from lorakit.records import ClassScore, Evaluation
+from lorakit.records import Evaluation, Sample
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.fit import FitResult
-from lorakit.training.loop import Outcome, Plan, Stepper, optimizer_for, schedule, train
+from lorakit.training.keeper import Keeper, Snapshot
+from lorakit.training.loop import train
 from lorakit.training.observe import Observer, Step
+from lorakit.training.optimizers import optimizer_for
+from lorakit.training.plan import Outcome, Plan
+from lorakit.training.schedule import Schedule
+from lorakit.training.spec import TaskSpec
+from lorakit.training.stepper import Stepper, Taken
+from lorakit.training.tasks import Task
 
 Fit = Callable[..., FitResult]
 Build = Callable[..., nn.Module]
+Measure = Callable[[], tuple[Evaluation, Sequence[Sample]]]
 
 # fp32 sums of the same numbers in another order.
 GRADIENT_TOLERANCE = 1e-6
@@ -44,6 +51,16 @@ def token_rows(classes: bool, count: int = 6, seed: int = 0) -> list[EncodedRow]
         labels: list[int] | int = draw.randrange(3) if classes else [-100] * given + ids[given:]
         rows.append(EncodedRow(ids, labels, number, "", ""))
     return rows
+
+
+def task_of(kind: str) -> Task:
+    if kind == "bert":
+        return TaskSpec("classification", ("a", "b", "c")).kind
+    return TaskSpec("generation", encoder_decoder=kind == "t5").kind
+
+
+def stepper_for(handle: Handle, plan: Plan, kind: str = "bert") -> Stepper:
+    return Stepper(handle, "default", task_of(kind), Collator(0, encoder_decoder=kind == "t5"), plan)
 
 
 def shaken(model: nn.Module, method: LoRA | None = None) -> Handle:
@@ -84,9 +101,7 @@ def one_step(
     """Return the loss and the gradients of one step over all rows, ``micro`` of them at a time."""
     handle = shaken(build(kind), method(rank=2, alpha=3.0))
     plan = Plan(num_steps=1, batch_size=len(rows), micro_batch=micro, lr=0.1, clip_norm=1e9)
-    collate = Collator(0, encoder_decoder=kind == "t5")
-    parts = [rows[start : start + micro] for start in range(0, len(rows), micro)]
-    taken = Stepper(handle, "default", plan).step([collate(part) for part in parts])
+    taken = stepper_for(handle, plan, kind).step(rows)
     gradients = handle.entry("default").method.__dict__["gradients"][0]
     return taken.loss, gradients
 
@@ -115,24 +130,11 @@ def test_a_penalty_counts_once_whatever_the_micro_batches(build: Build) -> None:
 
 def test_the_method_is_told_the_same_number_before_and_after_a_step(build: Build) -> None:
     handle = shaken(build("bert"), Remembers(rank=2))
-    stepper = Stepper(handle, "default", Plan(num_steps=2, batch_size=2, micro_batch=2, lr=0.1))
+    stepper = stepper_for(handle, Plan(num_steps=2, batch_size=2, micro_batch=2, lr=0.1))
     for _ in range(2):
-        stepper.step([Collator(0)(token_rows(classes=True, count=2))])
+        stepper.step(token_rows(classes=True, count=2))
     calls = handle.entry("default").method.__dict__["calls"]
     assert calls == [("before", 1), ("after", 1), ("before", 2), ("after", 2)]
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 10, 333])
-def test_the_rate_warms_up_over_six_percent_and_then_falls_linearly_to_zero(num_steps: int) -> None:
-    factors = [schedule(step, num_steps) for step in range(num_steps + 1)]
-    warmup = max(1, math.ceil(0.06 * num_steps))
-    rises = [b - a for a, b in itertools.pairwise(factors[:warmup])]
-    falls = [b - a for a, b in itertools.pairwise(factors[warmup:])]
-
-    assert rises == pytest.approx([1 / (warmup + 1)] * len(rises))
-    assert falls == pytest.approx([-1 / max(1, num_steps - warmup)] * len(falls))
-    assert factors[-1] == 0.0
-    assert all(0.0 < factor <= 1.0 for factor in factors[:-1])
 
 
 class Steps(Observer):
@@ -152,7 +154,8 @@ class Steps(Observer):
 def test_the_optimizer_follows_the_schedule(quick_fit: Fit) -> None:
     seen = Steps()
     quick_fit(observer=seen, max_steps=9, lr=0.01)
-    assert [step.lr for step in seen.steps] == pytest.approx([0.01 * schedule(i, 9) for i in range(9)])
+    factors = Schedule("linear", 9)
+    assert [step.lr for step in seen.steps] == pytest.approx([0.01 * factors(i) for i in range(9)])
 
 
 class Faster(LoRA):
@@ -167,10 +170,10 @@ class Faster(LoRA):
 
 def test_the_methods_groups_keep_their_ratio_through_the_schedule(build: Build) -> None:
     plan = Plan(num_steps=10, batch_size=2, micro_batch=2, lr=0.01, weight_decay=0.1)
-    stepper = Stepper(shaken(build("bert"), Faster(rank=2)), "default", plan)
+    stepper = stepper_for(shaken(build("bert"), Faster(rank=2)), plan)
     rates = []
     for _ in range(4):
-        stepper.step([Collator(0)(token_rows(classes=True, count=2))])
+        stepper.step(token_rows(classes=True, count=2))
         rates.append([group["lr"] for group in stepper.optimizer.param_groups])
     assert [b / a for a, b in rates] == pytest.approx([4.0] * 4)
     assert [group["weight_decay"] for group in stepper.optimizer.param_groups] == [0.1, 0.1]
@@ -178,7 +181,7 @@ def test_the_methods_groups_keep_their_ratio_through_the_schedule(build: Build) 
 
 def test_the_optimizer_holds_the_adapters_parameters_alone(build: Build) -> None:
     handle = shaken(build("bert"))
-    optimizer = optimizer_for(handle, "default", Plan(num_steps=1, batch_size=1, micro_batch=1, lr=1.0))
+    optimizer = optimizer_for(handle, "default", "adamw", lr=1.0, weight_decay=0.0)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in handle.parameters().values()}
 
@@ -206,18 +209,24 @@ def test_a_fit_leaves_the_callers_random_state_alone(quick_fit: Fit, kind: str, 
     assert random.getstate() == before[1]
 
 
-def run_of(build: Build, num_steps: int = 6, validate: Callable[[], Evaluation] | None = None, **more: Any) -> Outcome:
+def run_of(build: Build, num_steps: int = 6, validate: Measure | None = None, **more: Any) -> Outcome:
     """Train two rows to a step on four rows: an epoch has two steps."""
     handle = attach(build("bert"), LoRA(rank=2), seed=0)
     plan = Plan(num_steps=num_steps, batch_size=2, micro_batch=2, lr=more.pop("lr", 0.01), **more.pop("plan", {}))
     rows = token_rows(classes=True, count=more.pop("count", 4))
-    return train(handle, "default", rows, Collator(0), plan, more.pop("observer", Observer()), validate, **more)
+    observer = more.pop("observer", Observer())
+    return train(handle, "default", task_of("bert"), rows, Collator(0), plan, observer, validate, **more)
 
 
-def losses(*values: float) -> Callable[[], Evaluation]:
+def losses(*values: float) -> Measure:
     """Return a validation that measures these losses one after the other."""
     found: Iterator[float] = iter(values)
-    return lambda: Evaluation(next(found), 1)
+
+    def validate() -> tuple[Evaluation, Sequence[Sample]]:
+        loss = next(found)
+        return Evaluation(loss, 1, accuracy=1 - loss), ()
+
+    return validate
 
 
 def test_the_best_adapter_is_that_of_the_lowest_validation_loss(build: Build) -> None:
@@ -228,11 +237,10 @@ def test_the_best_adapter_is_that_of_the_lowest_validation_loss(build: Build) ->
 
 def test_of_a_classifier_the_most_accurate_adapter_is_kept(build: Build) -> None:
     found = iter([(0.5, 0.7), (0.4, 0.9), (0.2, 0.8)])
-    one = (ClassScore("a", 1.0, 1.0, 1.0, 1),)
 
-    def validate() -> Evaluation:
+    def validate() -> tuple[Evaluation, Sequence[Sample]]:
         loss, accuracy = next(found)
-        return Evaluation(loss, 1, accuracy=accuracy, classes=one)
+        return Evaluation(loss, 1, accuracy=accuracy), ()
 
     assert run_of(build, validate=validate).best_step == 4
 
@@ -247,13 +255,13 @@ def test_the_kept_tensors_are_those_of_their_step(build: Build) -> None:
     seen: list[Tensor] = []
     found = losses(0.3, 0.1, 0.2)
 
-    def validate() -> Evaluation:
+    def validate() -> tuple[Evaluation, Sequence[Sample]]:
         seen.append(handle.updates()[path].get_parameter("B").detach().clone())
         return found()
 
     plan = Plan(num_steps=6, batch_size=2, micro_batch=2, lr=0.01)
     rows = token_rows(classes=True, count=4)
-    best = train(handle, "default", rows, Collator(0), plan, Observer(), validate).best
+    best = train(handle, "default", task_of("bert"), rows, Collator(0), plan, Observer(), validate).best
 
     assert best is not None
     assert torch.equal(best.sites[path].tensors["B"], seen[1])
@@ -275,12 +283,29 @@ def test_fewer_steps_than_an_epoch_are_measured_once_at_their_end(build: Build) 
 
 
 def test_each_step_and_measurement_is_a_line_of_metrics(build: Build) -> None:
-    lines: list[dict[str, Any]] = []
-    outcome = run_of(build, num_steps=4, validate=losses(0.5, 0.4), log=lines.append)
+    kept = Keeps()
+    outcome = run_of(build, num_steps=4, validate=losses(0.5, 0.4), keeper=kept)
+    lines = kept.lines
     assert lines == outcome.metrics
     kinds = [(line["kind"], line["step"]) for line in lines]
     assert kinds == [("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4)]
     assert lines[2]["loss"] == 0.5
+
+
+class Keeps(Keeper):
+    """Keeps everything in memory."""
+
+    saves = True
+
+    def __init__(self) -> None:
+        self.lines: list[Mapping[str, Any]] = []
+        self.snapshots: list[Snapshot] = []
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        self.lines.append(line)
+
+    def save(self, snapshot: Snapshot) -> None:
+        self.snapshots.append(snapshot)
 
 
 class Interrupts(Steps):
@@ -349,7 +374,7 @@ def test_after_an_error_the_model_is_in_evaluation_mode(build: Build) -> None:
     plan = Plan(num_steps=4, batch_size=2, micro_batch=2, lr=0.01)
     rows = token_rows(classes=True, count=4)
     with pytest.raises(TrainingError):
-        train(handle, "default", rows, Collator(0), plan, Observer(), losses(math.inf))
+        train(handle, "default", task_of("bert"), rows, Collator(0), plan, Observer(), losses(math.inf))
     assert not any(module.training for module in model.modules())
 
 
@@ -358,15 +383,16 @@ def test_training_leaves_nothing_on_a_model_object(build: Build) -> None:
     before = set(model.__dict__)
     handle = attach(model, LoRA(rank=2), seed=0)
     plan = Plan(num_steps=2, batch_size=2, micro_batch=2, lr=0.01)
-    train(handle, "default", token_rows(classes=True, count=4), Collator(0), plan, Observer())
+    rows = token_rows(classes=True, count=4)
+    train(handle, "default", task_of("bert"), rows, Collator(0), plan, Observer())
     assert set(handle.detach().__dict__) == before
 
 
 def test_an_fp16_base_trains_with_a_scaled_loss(build: Build) -> None:
     handle = attach(build("llama").half(), LoRA(rank=2), seed=0)
-    plan = Plan(num_steps=8, batch_size=4, micro_batch=2, lr=0.02, fp16=True)
+    plan = Plan(num_steps=8, batch_size=4, micro_batch=2, lr=0.02, dtype="fp16")
     rows = token_rows(classes=False, count=4)
-    outcome = train(handle, "default", rows, Collator(0), plan, Observer())
+    outcome = train(handle, "default", task_of("llama"), rows, Collator(0), plan, Observer())
     first, last = (outcome.metrics[i]["loss"] for i in (0, -1))
     assert last < first
     assert all(torch.isfinite(p).all() for p in handle.parameters().values())
@@ -376,11 +402,11 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(build: Build) -> None:
     handle = shaken(build("bert"))
     plan = Plan(num_steps=1, batch_size=2, micro_batch=2, lr=0.1, clip_norm=1e-3)
     norms: list[Tensor] = []
-    stepper = Stepper(handle, "default", plan)
+    stepper = stepper_for(handle, plan)
     stepper.optimizer.register_step_pre_hook(
         lambda *_: norms.append(torch.stack([p.grad.norm() for p in stepper.parameters if p.grad is not None]).norm())
     )
-    taken = stepper.step([Collator(0)(token_rows(classes=True, count=2))])
+    taken: Taken = stepper.step(token_rows(classes=True, count=2))
     assert taken.norm > 1e-3
     assert float(norms[0]) == pytest.approx(1e-3, rel=1e-3)
 
@@ -388,11 +414,10 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(build: Build) -> None:
 def test_a_step_that_fails_changes_no_parameter(build: Build) -> None:
     handle = shaken(build("bert"))
     before = {name: p.detach().clone() for name, p in handle.parameters().items()}
-    stepper = Stepper(handle, "default", Plan(num_steps=1, batch_size=2, micro_batch=2, lr=0.1))
-    batch = Collator(0)(token_rows(classes=True, count=2))
+    stepper = stepper_for(handle, Plan(num_steps=1, batch_size=2, micro_batch=2, lr=0.1))
     with torch.no_grad():
         next(iter(handle.parameters().values())).fill_(math.nan)
     with pytest.raises(TrainingError, match="step 1"):
-        stepper.step([batch])
+        stepper.step(token_rows(classes=True, count=2))
     changed = [name for name, p in list(handle.parameters().items())[1:] if not torch.equal(p, before[name])]
     assert changed == []

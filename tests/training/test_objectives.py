@@ -13,19 +13,13 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from lorakit.errors import ModelError
+from lorakit.text.generate import evaluating
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import (
-    MOST_ROWS,
-    MOST_TOKENS,
-    bounded_batches,
-    count_units,
-    evaluate,
-    evaluating,
-    forward,
-    scored,
-    summed_loss,
-)
+from lorakit.training.objectives import evaluate
+from lorakit.training.scores import MOST_ROWS, MOST_TOKENS, bounded_batches, class_scores
+from lorakit.training.spec import TaskSpec
+from lorakit.training.tasks import Task
 
 Build = Callable[..., nn.Module]
 KINDS = ("bert", "gpt2-classifier", "gpt2", "llama", "t5")
@@ -48,6 +42,16 @@ def rows_for(kind: str, count: int = 5, seed: int = 1) -> list[EncodedRow]:
     return rows
 
 
+def task_of(kind: str) -> Task:
+    if kind in ("bert", "gpt2-classifier"):
+        return TaskSpec("classification", ("a", "b", "c")).kind
+    return TaskSpec("generation", encoder_decoder=kind == "t5").kind
+
+
+def units(kind: str, rows: list[EncodedRow]) -> int:
+    return sum(task_of(kind).units(row) for row in rows)
+
+
 def collator(kind: str) -> Collator:
     return Collator(0, encoder_decoder=kind == "t5")
 
@@ -56,22 +60,24 @@ def collator(kind: str) -> Collator:
 @torch.no_grad()
 def test_the_mean_loss_equals_transformers_own(build: Build, kind: str) -> None:
     model, batch = build(kind), collator(kind)(rows_for(kind))
-    loss, count = summed_loss(model, batch)
-    assert float(loss) / count == pytest.approx(float(model(**batch).loss), abs=LOSS_TOLERANCE)
+    loss = task_of(kind).loss(model, batch)
+    assert float(loss) / units(kind, rows_for(kind)) == pytest.approx(float(model(**batch).loss), abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_units_are_counted_without_the_model_running(build: Build, kind: str) -> None:
+@torch.no_grad()
+def test_units_are_the_terms_of_the_summed_loss(build: Build, kind: str) -> None:
     model, batch = build(kind), collator(kind)(rows_for(kind))
-    assert count_units(model, batch) == summed_loss(model, batch)[1]
+    task: Any = task_of(kind)
+    assert units(kind, rows_for(kind)) == len(task.predictions(model, batch)[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_rows_loss_does_not_depend_on_its_neighbours(build: Build, kind: str) -> None:
     model, rows = build(kind), rows_for(kind)
-    together = float(summed_loss(model, collator(kind)(rows))[0])
-    alone = sum(float(summed_loss(model, collator(kind)([row]))[0]) for row in rows)
+    together = float(task_of(kind).loss(model, collator(kind)(rows)))
+    alone = sum(float(task_of(kind).loss(model, collator(kind)([row]))) for row in rows)
     assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -79,7 +85,7 @@ def test_a_rows_loss_does_not_depend_on_its_neighbours(build: Build, kind: str) 
 @torch.no_grad()
 def test_an_evaluation_measures_what_one_batch_of_all_rows_does(build: Build, kind: str) -> None:
     model, rows = build(kind), rows_for(kind, count=MOST_ROWS + 9)
-    loss, count = summed_loss(model, collator(kind)(rows))
+    loss, count = task_of(kind).loss(model, collator(kind)(rows)), units(kind, rows)
     found = evaluate(model, rows, collator(kind), ("a", "b", "c") if isinstance(rows[0].labels, int) else ())
     assert found.loss == pytest.approx(float(loss) / count, rel=1e-6)
     assert found.num_rows == len(rows)
@@ -129,7 +135,7 @@ def test_modules_get_their_mode_back_after_an_error(build: Build) -> None:
 
 def test_scores_follow_from_a_confusion_made_by_hand() -> None:
     # Truth by row: a 3 (2 found, 1 taken for b), b 4 (3 found, 1 taken for a), c 2 (both taken for b).
-    found = scored([[2, 1, 0], [1, 3, 0], [0, 2, 0]], ("a", "b", "c"), 0.25)
+    found = class_scores([[2, 1, 0], [1, 3, 0], [0, 2, 0]], ("a", "b", "c"), 0.25)
     a, b, c = found.classes
 
     assert (a.precision, a.recall, a.f1, a.support) == pytest.approx((2 / 3, 2 / 3, 2 / 3, 3))
@@ -145,7 +151,7 @@ def test_scores_equal_scikit_learns() -> None:
     draw = random.Random(0)
     truth = [draw.randrange(4) for _ in range(200)]
     predicted = [t if draw.random() < 0.6 else draw.randrange(4) for t in truth]
-    found = scored(metrics.confusion_matrix(truth, predicted).tolist(), "abcd", 0.0)
+    found = class_scores(metrics.confusion_matrix(truth, predicted).tolist(), "abcd", 0.0)
     precision, recall, f1, support = metrics.precision_recall_fscore_support(truth, predicted)
     assert [score.precision for score in found.classes] == pytest.approx(list(precision))
     assert [score.recall for score in found.classes] == pytest.approx(list(recall))
@@ -157,13 +163,13 @@ def test_scores_equal_scikit_learns() -> None:
 @pytest.mark.parametrize(("kind", "labelled"), [("llama", "bert"), ("bert", "llama")])
 def test_a_head_for_another_task_is_refused_with_its_shape(build: Build, kind: str, labelled: str) -> None:
     with pytest.raises(ModelError, match=r"gives logits of shape \[5, .*\]; this task needs one score per"):
-        forward(build(kind), collator(labelled)(rows_for(labelled)))
+        task_of(labelled).outputs(build(kind), collator(labelled)(rows_for(labelled)))
 
 
 def test_a_model_without_a_head_is_refused() -> None:
     body = BertModel(BertConfig(vocab_size=34, hidden_size=16, num_attention_heads=2, intermediate_size=8))
     with pytest.raises(ModelError, match="BertModel has no logits"):
-        forward(body, collator("bert")(rows_for("bert")))
+        task_of("bert").outputs(body, collator("bert")(rows_for("bert")))
 
 
 @pytest.mark.parametrize(("length", "rows_at_once"), [(1, MOST_ROWS), (512, MOST_TOKENS // 512), (MOST_TOKENS * 2, 1)])

@@ -16,10 +16,11 @@ import torch
 
 from lorakit.errors import RunFolderError, ShapeError, TrainingError
 from lorakit.formats import read_adapter
-from lorakit.training.fit import FitResult
+from lorakit.training.fit import FitResult, resume
 from lorakit.training.observe import Observer, Step
 from lorakit.training.prepare import check_space
-from lorakit.training.run_folder import RunFolder, read_spec, read_summary
+from lorakit.training.run_files import read_spec, read_summary
+from lorakit.training.run_folder import REPLACED, RunFolder
 from lorakit.training.spec import TaskSpec
 
 Fit = Callable[..., FitResult]
@@ -55,7 +56,10 @@ class Breaks(Observer):
 
     def step(self, step: Step) -> None:
         if self.broken_stage is None:
-            raise KeyboardInterrupt
+            raise TrainingError("the power went out")
+
+
+BROKEN = (KeyboardInterrupt, TrainingError)
 
 
 def test_an_existing_folder_is_refused(old: Path) -> None:
@@ -116,20 +120,49 @@ def test_what_came_into_the_folder_meanwhile_is_not_overwritten(tmp_path: Path) 
     assert (tmp_path / "run" / "config.yaml").read_text() == "another run's"
 
 
-@pytest.mark.parametrize("stage", [None, "loading", "attaching", "measuring the base", "training", "saving"])
+@pytest.mark.parametrize("stage", [None, "loading", "attaching", "measuring the base", "training"])
 def test_a_replaced_run_comes_back_if_the_new_one_fails(quick_fit: Fit, old: Path, stage: str | None) -> None:
     before = contents(old)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(BROKEN):
         quick_fit(output=old, force=True, observer=Breaks(stage))
     assert contents(old) == before
     assert [entry.name for entry in old.parent.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("stage", [None, "loading", "measuring the base", "training", "saving"])
+@pytest.mark.parametrize("stage", [None, "loading", "measuring the base", "training"])
 def test_a_run_that_fails_before_saving_leaves_nothing(quick_fit: Fit, tmp_path: Path, stage: str | None) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(BROKEN):
         quick_fit(output=tmp_path / "run", observer=Breaks(stage))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replaced_run_is_let_go_with_the_first_checkpoint(quick_fit: Fit, old: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quick_fit(output=old, force=True, observer=Breaks("saving"))
+    assert not (old / REPLACED).exists()
+    assert not (old / "adapter_config.json").exists()
+    assert (old / "checkpoints" / "step-000012").is_dir()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_run_set_aside_by_a_killed_process_comes_back(old: Path, parts: int) -> None:
+    before = contents(old)
+    aside = old.parent / ".run.new-abc"
+    aside.mkdir()
+    old.rename(aside / REPLACED)  # killed between the two renames of begin
+    if parts == 2:
+        (aside / "config.yaml").write_text("rank: 2")
+    RunFolder(old, force=True)
+    assert contents(old) == before
+    assert [entry.name for entry in old.parent.iterdir()] == ["run"]
+
+
+def test_a_folder_has_one_training_at_a_time(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({"rank": 2})
+    with pytest.raises(RunFolderError, match="another process is training"):
+        RunFolder.to_go_on(tmp_path / "run")
+    folder.end()
 
 
 def test_an_unfinished_run_is_whole_after_a_new_one_is_refused(quick_fit: Fit, old: Path) -> None:
@@ -146,6 +179,7 @@ def test_a_run_that_breaks_off_after_saving_keeps_its_adapter_alone(quick_fit: F
         quick_fit(output=old, force=True, observer=Breaks("proving"))
     assert read_adapter(old).sites
     assert not (old / "run.json").exists()
+    assert not (old / REPLACED).exists()
     assert [entry.name for entry in old.parent.iterdir()] == ["run"]
 
 
@@ -155,7 +189,7 @@ def test_a_users_file_that_came_during_the_run_stays(quick_fit: Fit, tmp_path: P
             (tmp_path / "run" / "notes.txt").write_text("mine")
             super().step(step)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingError):
         quick_fit(output=tmp_path / "run", observer=WritesThere())
     assert contents(tmp_path) == {"run/notes.txt": b"mine"}
 
@@ -183,9 +217,8 @@ class FillsDisk(Observer):
 
 
 def test_a_full_disk_names_the_place_and_rescues_the_adapter(
-    quick_fit: Fit, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_fit: Fit, rows_of: Any, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = contents(old)
     rescue = tmp_path / "elsewhere"
     rescue.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(rescue))
@@ -195,7 +228,8 @@ def test_a_full_disk_names_the_place_and_rescues_the_adapter(
     assert str(old) in str(caught.value)
     assert f"saved whole in '{saved}'" in str(caught.value)
     assert read_adapter(saved).sites
-    assert contents(old) == before
+    monkeypatch.undo()
+    assert resume(old, rows=rows_of("classified")).summary.finished
 
 
 def test_where_nothing_can_be_rescued_the_error_is_that_of_the_place(
@@ -215,7 +249,7 @@ def test_a_full_disk_at_the_start_brings_the_old_run_back(
     quick_fit: Fit, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(old)
-    fill_disk(monkeypatch, old)
+    fill_disk(monkeypatch, old.parent)
     with pytest.raises(TrainingError, match=r"the disk is full: '.*config\.yaml'"):
         quick_fit(output=old, force=True)
     assert contents(old) == before
@@ -272,3 +306,21 @@ def test_a_rescued_adapter_is_the_trained_one(quick_fit: Fit, tmp_path: Path, mo
     state = read_adapter(next(rescue.iterdir()))
     for path, site in expected.sites.items():
         assert all(torch.equal(state.sites[path].tensors[name], tensor) for name, tensor in site.tensors.items())
+
+
+def test_a_killed_run_that_replaces_another_keeps_it_until_there_is_something_to_show(old: Path) -> None:
+    before = contents(old)
+    killed = RunFolder(old, force=True)
+    killed.begin({"rank": 2})
+    assert killed._lock is not None
+    assert killed._log is not None
+    os.close(killed._lock)  # as the end of its process does
+    killed._log.close()
+    assert contents(old / REPLACED) == before
+
+    again = RunFolder.to_go_on(old)
+    again.go_on(0)
+    assert contents(old / REPLACED) == before
+    again.is_saved()
+    assert not (old / REPLACED).exists()
+    again.end()

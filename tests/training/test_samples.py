@@ -12,8 +12,9 @@ import torch
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.data.read import table_from_rows
 from lorakit.training.fit import FitResult
-from lorakit.training.samples import NUM_SHOWN, answer, paired, probabilities, questions
+from lorakit.training.samples import answer, paired, probabilities, questions
 from lorakit.training.spec import TaskSpec
+from lorakit.training.tasks.classification import NUM_SHOWN
 
 Fit = Callable[..., FitResult]
 CLASSES = TaskSpec("classification", ("a", "b", "c"), separator="")

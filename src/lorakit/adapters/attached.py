@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lorakit.adapters.branches import Active, Branches, Updates
 from lorakit.adapters.copies import ModuleCopy, leaf_modules, pristine_copy
 from lorakit.adapters.host import Adapted, adapt, base_parameters, hosts, unadapt, wanted_mode
-from lorakit.adapters.targets import Places, refuse_read_by_parent, tied_names
+from lorakit.adapters.targets import Places, is_below, refuse_read_by_parent, tied_names
 from lorakit.errors import ConfigError, TargetError, UnsupportedLayerError, bullet_list, quoted
 from lorakit.layers import Site, find_ops, sites_of
 from lorakit.methods import Method, ModelPart, Update
@@ -271,6 +271,15 @@ def parameters_of(model: nn.Module, name: str, entry: Attached) -> dict[str, nn.
         found.update({f"{key}.{inner}": parameter for inner, parameter in part.named_parameters()})
     first = {id(parameter): key for key, parameter in reversed(found.items())}
     return {key: parameter for key, parameter in found.items() if first[id(parameter)] == key}
+
+
+def not_the_bases(model: nn.Module, entry: Attached) -> tuple[str, ...]:
+    """Return the modules that the base's identity leaves out: new ones, and those trained in full.
+
+    An adapter that trains every module belongs to all of the base as it was: then nothing is left out.
+    """
+    exclude = tuple(sorted({*entry.full_modules, *entry.new_modules}))
+    return exclude if any(not is_below(path, exclude) for path, _ in base_parameters(model)) else ()
 
 
 def freeze_base(model: nn.Module) -> dict[str, bool]:

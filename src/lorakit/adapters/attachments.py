@@ -161,8 +161,7 @@ class Attachments(ABC):
 
     def identity(self, name: str | None = None) -> Identity:
         """Return the base's identity without the modules that this adapter trains in full."""
-        entry = self.entry(self.one(name))
-        return identify(self.model, exclude=tuple(sorted({*entry.full_modules, *entry.new_modules})))
+        return identify(self.model, exclude=attached.not_the_bases(self.model, self.entry(self.one(name))))
 
     def entry(self, name: str) -> Attached:
         """Return what the adapter ``name`` has put into the model.

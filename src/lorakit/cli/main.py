@@ -16,7 +16,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lorakit.cli import demo, evaluate, generate, inspect, merge, methods, output, predict, resume, spectrum, train
+from lorakit.cli import (
+    chat,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    methods,
+    output,
+    plan,
+    predict,
+    preview,
+    resume,
+    spectrum,
+    train,
+)
 from lorakit.errors import LorakitError
 from lorakit.version import __version__
 
@@ -76,7 +91,7 @@ def root(
     """Options that come before the command."""
 
 
-for command in (train, resume, evaluate, predict, generate, merge, inspect, spectrum, methods):
+for command in (train, resume, preview, plan, evaluate, predict, generate, chat, merge, inspect, spectrum, methods):
     command.register(app)
 app.add_typer(demo.app, name="demo")
 

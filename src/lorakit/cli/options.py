@@ -44,7 +44,8 @@ TrainData = Annotated[
     str | None,
     typer.Argument(
         metavar="DATA",
-        help="Rows: .jsonl, .json, .csv, .tsv, .parquet or .txt; or a folder with train (and validation).",
+        help="Rows: .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt (also .gz, .zst), a folder with train (and "
+        "validation), a saved dataset, or a dataset's name on the Hugging Face hub.",
         show_default=False,
     ),
 ]
@@ -56,6 +57,9 @@ TrainOutput = Annotated[
 ]
 TrainForce = Annotated[
     bool | None, typer.Option("--force", help="Replace an existing run folder.", rich_help_panel=RESULT)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show remarks and the run folder only.", rich_help_panel=RESULT)
 ]
 TrainJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel=RESULT)]
 ConfigFile = Annotated[
@@ -89,9 +93,53 @@ TrainModules = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the rows.", rich_help_panel=HOW_LONG)]
 MaxSteps = Annotated[int | None, typer.Option(help="End after so many steps.", rich_help_panel=HOW_LONG)]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIELD=COLUMN,...",
+        help="Which column is which field, as in prompt=question,completion=answer.",
+        rich_help_panel=ROWS,
+    ),
+]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=HOW_LONG)]
 BatchSize = Annotated[int | None, typer.Option(help="Rows per optimizer step.", rich_help_panel=HOW_LONG)]
 MicroBatch = Annotated[int | None, typer.Option(help="Rows at a time in memory.", rich_help_panel=HOW_LONG)]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, sgd or adafactor; else adamw.", rich_help_panel=HOW_LONG)]
+Schedule = Annotated[
+    str | None,
+    typer.Option(help="Of the learning rate: linear, cosine or constant; else linear.", rich_help_panel=HOW_LONG),
+]
+Warmup = Annotated[
+    float | None,
+    typer.Option(help="Steps over which the rate rises, or below 1 their share; else 0.06.", rich_help_panel=HOW_LONG),
+]
+WeightDecay = Annotated[float | None, typer.Option(help="Of the optimizer; else 0.", rich_help_panel=HOW_LONG)]
+ClipNorm = Annotated[float | None, typer.Option(help="Largest gradient norm; else 1.", rich_help_panel=HOW_LONG)]
+EvalEvery = Annotated[
+    int | None, typer.Option(metavar="STEPS", help="Measure so often; else each epoch.", rich_help_panel=HOW_LONG)
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(help="End after so many evaluations without a better one; else never.", rich_help_panel=HOW_LONG),
+]
+SaveEvery = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEPS",
+        help="Save a checkpoint so often; else at each evaluation and every ten minutes.",
+        rich_help_panel=RESULT,
+    ),
+]
+Keep = Annotated[
+    int | None, typer.Option(help="Checkpoints to keep beside the best; else the last.", rich_help_panel=RESULT)
+]
+GradCheckpointing = Annotated[
+    bool | None,
+    typer.Option("--grad-checkpointing", help="Save memory by computing activations twice.", rich_help_panel=MACHINE),
+]
+Compile = Annotated[
+    bool | None, typer.Option("--compile", help="Run the model through torch.compile.", rich_help_panel=MACHINE)
+]
 Seed = Annotated[int | None, typer.Option(help="Of split, order and starting values.", rich_help_panel=HOW_LONG)]
 Validation = Annotated[
     str | None,

@@ -27,19 +27,24 @@ class Watch(Observer):
 
     Attributes:
         last: the last optimizer step that was seen.
-        saved: the adapter is on the disk.
+        checkpoint: the step of the last checkpoint; None before the first.
+        adapter_saved: the adapter itself is in the run folder.
     """
 
-    def __init__(self, show_choices: bool = True) -> None:
-        self.show_choices = show_choices
+    def __init__(self, show_choices: bool = True, quiet: bool = False) -> None:
+        """Show everything, or leave out the settings; ``quiet`` leaves remarks and errors alone."""
+        self.show_choices = show_choices and not quiet
         self.last: Step | None = None
-        self.saved = False
+        self.checkpoint: int | None = None
+        self.adapter_saved = False
         self._stage = ""
         self._console = output.progress()
+        self._console.quiet = quiet
         self._live = self._console.is_terminal
         self._status: Status | None = None
         self._bar: Progress | None = None
         self._loss = 0.0
+        self._seen = 0
         self._said = 0.0
         self._interrupted = False
         self._handler: Any = None
@@ -64,7 +69,7 @@ class Watch(Observer):
         """Show what is being done now; a Ctrl-C that was swallowed on the way (by an import, say) is raised again."""
         if self._interrupted:
             raise KeyboardInterrupt
-        self.saved = self.saved or self._stage == "saving the adapter"
+        self.adapter_saved = self.adapter_saved or self._stage == "saving the adapter"
         self._stage = text
         self._clear()
         if self._live:
@@ -90,7 +95,8 @@ class Watch(Observer):
 
     def step(self, step: Step) -> None:
         """Draw the step, or print it if one is due."""
-        weight = min(SMOOTHING, 1 - 1 / step.step)
+        self._seen += 1
+        weight = min(SMOOTHING, 1 - 1 / self._seen)
         self._loss = weight * self._loss + (1 - weight) * step.loss
         self.last = step
         if self._live:
@@ -108,7 +114,18 @@ class Watch(Observer):
             words += f", perplexity {evaluation.perplexity:,.4g}"
         elif evaluation.accuracy is not None:
             words += f", accuracy {100 * evaluation.accuracy:.1f} %"
+        if evaluation.macro_f1 is not None:
+            words += f", macro-F1 {evaluation.macro_f1:.3f}"
         self._line(words + (" (best so far)" if best else ""))
+
+    def resumes(self, step: int, num_steps: int) -> None:
+        """Say where the run goes on."""
+        self.checkpoint = step
+        self._line(f"going on after step {step:,} of {num_steps:,}")
+
+    def checkpointed(self, step: int, place: str) -> None:
+        """Remember that the run can be resumed from here."""
+        self.checkpoint = step
 
     def training_ends(self) -> None:
         """Take the bar away; say so if the run was interrupted."""

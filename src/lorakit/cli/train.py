@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +13,12 @@ import typer
 from lorakit.cli import options, output
 
 if TYPE_CHECKING:
+    from lorakit.cli.progress import Watch
     from lorakit.records import RunSummary
     from lorakit.training.config import TrainConfig
+    from lorakit.training.session import FitResult
 
-NOT_SETTINGS = ("as_json", "config")
+NOT_SETTINGS = ("as_json", "quiet", "config")
 LISTS = ("train_modules",)
 INTERRUPTED = 130
 
@@ -34,6 +38,7 @@ def train(
     output_: options.TrainOutput = None,
     force: options.TrainForce = None,
     as_json: options.TrainJson = False,
+    quiet: options.Quiet = False,
     config: options.ConfigFile = None,
     task: options.Task = None,
     method: options.MethodName = None,
@@ -46,13 +51,25 @@ def train(
     epochs: options.Epochs = None,
     max_steps: options.MaxSteps = None,
     lr: options.LearningRate = None,
+    optimizer: options.Optimizer = None,
+    schedule: options.Schedule = None,
+    warmup: options.Warmup = None,
+    weight_decay: options.WeightDecay = None,
+    clip_norm: options.ClipNorm = None,
     batch_size: options.BatchSize = None,
     micro_batch: options.MicroBatch = None,
+    eval_every: options.EvalEvery = None,
+    patience: options.Patience = None,
+    save_every: options.SaveEvery = None,
+    keep: options.Keep = None,
     seed: options.Seed = None,
     validation: options.Validation = None,
+    columns: options.Columns = None,
     max_length: options.MaxLength = None,
     dtype: options.TrainDtype = None,
     device: options.TrainDevice = None,
+    grad_checkpointing: options.GradCheckpointing = None,
+    compile_: options.Compile = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrainTrust = None,
 ) -> None:
@@ -62,41 +79,66 @@ def train(
 
     So are messages, or instruction + output; text alone is language modeling.
     """
-    from lorakit.cli.progress import Watch
-    from lorakit.records import to_json
-    from lorakit.reports.html import write_report
     from lorakit.training.fit import fit
 
     base, rows, settings = read_settings(config, flags(ctx.params))
-    watch = Watch(show_choices=not as_json)
+    assert settings.output is not None
+    watched(lambda watch: fit(base, rows, config=settings, observer=watch), settings.output, as_json, quiet)
+
+
+def watched(run: Callable[[Watch], FitResult], output_: str, as_json: bool, quiet: bool = False) -> None:
+    """Run a training, or the rest of one, and print what it found; an interrupted one says how to go on."""
+    from lorakit.cli.progress import Watch
+    from lorakit.records import to_json
+    from lorakit.reports.html import write_report
+    from lorakit.training.processes import started
+
+    main = started().main
+    watch = Watch(show_choices=not as_json, quiet=quiet)
     try:
-        with watch:
-            result = fit(base, rows, config=settings, observer=watch)
+        with watch if main else contextlib.nullcontext():
+            result = run(watch)
+            if not main:
+                return
             watch.stage("writing the report")
             assert result.folder is not None
             report = write_report(result.folder)
     except KeyboardInterrupt:
-        if not watch.saved:
+        if not main or (watch.checkpoint is None and not watch.adapter_saved):
             raise
-        output.say(f"interrupted: the adapter is saved whole in '{settings.output}'; its measures are not.")
+        whole = "its measures are not" if watch.adapter_saved else f"step {watch.checkpoint:,} is the last one saved"
+        output.say(f"interrupted: the adapter is saved whole in '{output_}'; {whole}.")
+        say_how_to_go_on(output_)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         output.show_json({**to_json(result.summary), "run": str(result.folder), "report": str(report)})
+    elif quiet:
+        print(result.folder)
     else:
         show(result.summary, result.folder, report)
     if not result.summary.finished:
         output.say(f"interrupted: the adapter so far is saved whole in '{result.folder}'.")
+        say_how_to_go_on(str(result.folder))
         raise typer.Exit(INTERRUPTED)
+
+
+def say_how_to_go_on(folder: str) -> None:
+    """Say the command that goes on with a run."""
+    output.say(f"go on with: lorakit resume {shlex.quote(folder)}", prefix="")
 
 
 def flags(given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that were given as flags, by their names in :class:`TrainConfig`."""
+    from lorakit.training.data.columns import parse_columns
+
     values = {
         name.rstrip("_"): value for name, value in given.items() if value is not None and name not in NOT_SETTINGS
     }
     for name in LISTS:
         if name in values:
             values[name] = options.split_names(values[name])
+    if "columns" in values:
+        values["columns"] = parse_columns(values["columns"])
     if "validation" in values:
         values["validation"] = share_or_file(values["validation"])
     return values
@@ -117,9 +159,9 @@ def read_settings(file: str | None, given: dict[str, Any]) -> tuple[str, str, Tr
         ConfigError: unknown keys, wrong values, no model or no data; all of them at once.
     """
     from lorakit.errors import ConfigError
-    from lorakit.training.config import TrainConfig, read_config
+    from lorakit.training.config import RunConfig, TrainConfig, read_config
 
-    class TrainFile(TrainConfig):
+    class TrainFile(RunConfig):
         """What a config file may say: the settings, the model and the data."""
 
         model: str
@@ -134,7 +176,7 @@ def read_settings(file: str | None, given: dict[str, Any]) -> tuple[str, str, Tr
         hint = " Give MODEL and DATA, or say them in the file of --config." if missing else ""
         raise ConfigError(f"{where}{str(error).removeprefix('TrainFile: ')}{hint}") from None
     chosen: str = checked.output or default_output(checked.model, checked.data)
-    settings = TrainConfig(**{**checked.model_dump(exclude={"model", "data"}), "output": chosen})
+    settings = TrainConfig(**{**checked.model_dump(exclude={"model", "data"}, exclude_unset=True), "output": chosen})
     return checked.model, checked.data, settings
 
 

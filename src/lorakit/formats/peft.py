@@ -105,7 +105,11 @@ class PeftFormat(Format):
             transposed=None if config["fan_in_fan_out"] else frozenset(written.transposed),
             targets=() if read_targets(config, state.sites) == targets else targets,
         )
-        metadata = {"format": "pt", "lorakit.method": json.dumps(method.summary()), "lorakit.version": __version__}
+        metadata = {
+            "format": "pt",
+            "lorakit.method": json.dumps(state.method.summary()),
+            "lorakit.version": __version__,
+        }
         metadata |= notes.to_metadata()
         if state.identity is not None:
             metadata |= state.identity.to_metadata()
@@ -251,7 +255,7 @@ def _exact_method(content: _Content) -> Method:
         _LOG.warning("%s was changed after saving (%s); what it says now is used.", CONFIG, quoted(edited))
         return stated
     if not isinstance(exact, LoRA):
-        return stated
+        return stated if exact.needs_sites() or ranks else exact
     return at_sites(exact, {path: (rank, exact.scale_at(path, rank)) for path, rank in ranks.items()})
 
 

@@ -138,6 +138,8 @@ def to_lora(method: Method) -> LoRA:
     """
     if isinstance(method, LoRA) and method.to_peft() is not None:
         return method
+    if not method.needs_sites():  # modules trained in full alone: to PEFT a LoRA without targets
+        return LoRA()
     raise FormatError(f"PEFT's format has no spelling here for the method '{method.name}'.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import InputError
 from lorakit.text.chat import Messages, end_of_turn_ids
+from lorakit.text.streaming import Past, Spelling, TokenQueue
 from lorakit.text.supervise import SEPARATOR, prompt_tokens, source_text, source_tokens
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def generate(
     """
     rows = _prompt_rows(model, tokenizer, prompts, max_new_tokens, chat, separator)
     config = _generation_config(model, tokenizer, max_new_tokens, chat, temperature)
+    ends = ending_ids(model, tokenizer, chat)
     write: Any = model.generate
     texts: list[str] = []
     with evaluating(model), _own_defaults(model, config), _seeded(model, seed):
@@ -62,7 +64,8 @@ def generate(
             inputs = _left_padded(rows[start : start + batch_size], config.pad_token_id, model.device)
             output = write(**inputs, generation_config=config)
             new = output if model.config.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
-            texts += tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            written = [[token for token in row if token not in ends] for row in new.tolist()]
+            texts += tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [text.strip() for text in texts] if chat else texts
 
 
@@ -83,14 +86,46 @@ def stream(
     Raises:
         InputError: as ``generate``.
     """
-    from transformers import StoppingCriteriaList, TextIteratorStreamer
+    (row,) = _prompt_rows(model, tokenizer, [prompt], max_new_tokens, chat, separator)
+    ends = ending_ids(model, tokenizer, chat)
+    spelling = Spelling(tokenizer)
+    tokens = stream_tokens(model, tokenizer, row, max_new_tokens, chat, temperature, seed)
+    with contextlib.closing(tokens):
+        yield from filter(None, (spelling.add(token) for token in tokens if token not in ends))
+    rest = spelling.finish()
+    if rest:
+        yield rest
 
-    rows = _prompt_rows(model, tokenizer, [prompt], max_new_tokens, chat, separator)
+
+def stream_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    max_new_tokens: int,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    past: Past | None = None,
+) -> Generator[int]:
+    """Write on from tokens and yield each new one, the one that ends the answer included.
+
+    Args:
+        model: as ``generate`` takes it.
+        tokenizer: the model's.
+        ids: the prompt; what an encoder reads where the model has one.
+        max_new_tokens: stop after this many.
+        chat: the end of a turn ends the answer.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        seed: of the sampling.
+        past: what was read before, by the same model with the same adapters acting; it notes what is read now.
+    """
+    from transformers import StoppingCriteriaList
+
     config = _generation_config(model, tokenizer, max_new_tokens, chat, temperature)
-    inputs = _left_padded(rows, config.pad_token_id, model.device)
-    streamer: Any = TextIteratorStreamer(
-        tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    inputs: dict[str, Any] = _left_padded([ids], config.pad_token_id, model.device)
+    if past and (cache := past.before(model, ids)) is not None:
+        inputs["past_key_values"] = cache
+    queue = TokenQueue()
     closed = threading.Event()
     failures: list[BaseException] = []
     write: Any = model.generate
@@ -98,29 +133,38 @@ def stream(
     def stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
 
+    criteria = StoppingCriteriaList([stop])
+
     def run() -> None:
         try:
             with _seeded(model, seed):
-                write(
-                    **inputs,
-                    generation_config=config,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                )
+                output = write(**inputs, generation_config=config, streamer=queue, stopping_criteria=criteria)
+            if past:
+                past.after(output[0].tolist())
         except BaseException as error:  # raised again in the reader's thread
+            if past:
+                past.forget()
             failures.append(error)
-            streamer.end()
+            queue.end()
 
     with evaluating(model), _own_defaults(model, config):
         worker = threading.Thread(target=run, name="lorakit-generate", daemon=True)
         worker.start()
         try:
-            yield from filter(None, streamer)
+            yield from queue
         finally:
             closed.set()
             worker.join()
     if failures:
         raise failures[0]
+
+
+def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> list[int]:
+    """Return the tokens that end an answer: those the model names, the end of sequence, with chat the end of turn."""
+    own: Any = model.generation_config.eos_token_id
+    ends = [own] if isinstance(own, int) else list(own or [])
+    chosen = end_of_turn_ids(tokenizer) if chat else [tokenizer.eos_token_id]
+    return ends + [token for token in chosen if isinstance(token, int) and token not in ends]
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -187,10 +231,7 @@ def _generation_config(
 
     if temperature < 0:
         raise InputError(f"temperature is {temperature}; it must be 0 (no sampling) or above.")
-    own = model.generation_config.eos_token_id or []
-    ends = [own] if isinstance(own, int) else list(own)
-    chosen = end_of_turn_ids(tokenizer) if chat else [tokenizer.eos_token_id]
-    ends += [token for token in chosen if isinstance(token, int) and token not in ends]
+    ends = ending_ids(model, tokenizer, chat)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else (ends or [0])[0]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     return GenerationConfig(  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from lorakit.records import Evaluation
 from lorakit.text.generate import evaluating
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import bounded_batches, scored
+from lorakit.training.scores import bounded_batches, class_scores
 
 PROBE_ROWS = 4000
 
@@ -32,7 +32,7 @@ def majority(train: Sequence[EncodedRow], held: Sequence[EncodedRow], labels: Se
         confusion[_class(row)][winner] += 1
     log_shares = (shares / shares.sum()).log()
     loss = -float(sum(log_shares[_class(row)] for row in held)) / max(len(held), 1)
-    return scored(confusion, labels, loss)
+    return class_scores(confusion, labels, loss)
 
 
 def linear_probe(
@@ -65,7 +65,7 @@ def linear_probe(
         loss = float(F.cross_entropy(logits, truth))
     pairs = truth * len(labels) + logits.argmax(-1)
     confusion = torch.bincount(pairs, minlength=len(labels) ** 2).view(len(labels), len(labels))
-    return scored(confusion.tolist(), labels, loss)
+    return class_scores(confusion.tolist(), labels, loss)
 
 
 @torch.no_grad()

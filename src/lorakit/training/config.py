@@ -11,25 +11,39 @@ from pydantic import Field, field_validator
 from lorakit.errors import ConfigError, did_you_mean
 from lorakit.methods import Method, find_method, method_names
 from lorakit.settings import Settings
+from lorakit.training.schedule import WARMUP_SHARE
+from lorakit.training.tasks import task_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-TaskName = Literal["classification", "generation", "language-modeling"]
+OptimizerName = Literal["adamw", "sgd", "adafactor"]
+ScheduleName = Literal["linear", "cosine", "constant"]
 
 
 class TrainConfig(Settings):
     """The settings of a run; the command line's flags, the YAML file's keys and ``fit``'s arguments.
 
     Attributes:
-        task: 'classification', 'generation' or 'language-modeling'; None reads it off the columns.
+        task: a task's name, such as 'classification'; None reads it off the columns.
         method: a method's name, or its name and fields.
         rank, alpha: shorthands for the method's fields.
         targets, exclude, layers: which layers, as ``lorakit.attach`` takes them.
         train_modules: modules trained in full, beside a new head.
+        columns: which column of the rows is which field, where their names do not say: ``{"prompt": "question"}``.
         epochs: passes over the training rows; ``max_steps`` ends the run earlier.
-        lr: peak learning rate; it warms up over the first 6 % of the steps and falls linearly to 0.
+        lr: peak learning rate.
+        optimizer: 'adamw', 'sgd' (with momentum 0.9) or 'adafactor'.
+        schedule: how the rate goes on after the warm-up: 'linear' or 'cosine' to 0, or 'constant'.
+        warmup: over how many steps the rate rises: below 1 a share of them all, else their number.
         batch_size: rows per optimizer step; ``micro_batch`` of them at a time in memory.
-        weight_decay, clip_norm: of AdamW, and the largest gradient norm.
+        halve_micro_at: the step from which micro-batches are half as large; written by a run that ran out of memory.
+        weight_decay, clip_norm: of the optimizer, and the largest gradient norm.
+        eval_every: steps between two evaluations on the validation rows; None takes the epochs.
+        save_every: steps between two checkpoints; None saves after each evaluation and every ten minutes.
+        keep: how many of the last checkpoints are kept, beside the best.
+        patience: end the run after so many evaluations without a better one; None goes on to the end.
+        grad_checkpointing: save memory by computing activations twice.
+        compile: run the model through ``torch.compile``.
         validation: a file of rows to validate on, or the share of the rows to split off.
         max_length: tokens per row; None takes the model's context (at most 512 for classification).
         dtype: of the base's weights: 'fp32', 'bf16', 'fp16'; ``device``: 'cpu', 'cuda', ...
@@ -38,7 +52,7 @@ class TrainConfig(Settings):
         output: the run folder; ``force`` replaces an existing one.
     """
 
-    task: TaskName | None = None
+    task: str | None = None
     method: str | dict[str, Any] = "lora"
     rank: Count | None = None
     alpha: Positive | None = None
@@ -46,13 +60,24 @@ class TrainConfig(Settings):
     exclude: str | list[str] | None = None
     layers: str | list[int] | None = None
     train_modules: str | list[str] = Field(default_factory=list)
+    columns: dict[str, str] | None = None
     epochs: Positive | None = None
     max_steps: Count | None = None
     lr: Positive | None = None
+    optimizer: OptimizerName = "adamw"
+    schedule: ScheduleName = "linear"
+    warmup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = WARMUP_SHARE
     batch_size: Count | None = None
     micro_batch: Count | None = None
+    halve_micro_at: Count | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Positive = 1.0
+    eval_every: Count | None = None
+    save_every: Count | None = None
+    keep: Count = 1
+    patience: Count | None = None
+    grad_checkpointing: bool = False
+    compile: bool = False
     validation: Annotated[float, Field(gt=0, lt=1)] | str = 0.1
     max_length: Annotated[int, Field(ge=8)] | None = None
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -67,6 +92,21 @@ class TrainConfig(Settings):
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("task", mode="after")
+    @classmethod
+    def _known_task(cls, value: str | None) -> str | None:
+        if value is not None and value not in task_names():
+            near = did_you_mean(value, task_names())
+            raise ValueError(f"no task '{value}'.{near} Known: {', '.join(task_names())}")
+        return value
+
+    @field_validator("warmup", mode="after")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        if value >= 1 and not float(value).is_integer():
+            raise ValueError("give a share of the steps below 1, or a whole number of steps")
+        return value
 
     @field_validator("method", mode="after")
     @classmethod
@@ -99,6 +139,18 @@ class TrainConfig(Settings):
         if twice:
             raise ConfigError(f"{', '.join(twice)} is set twice: beside the method and inside it. Set it once.")
         return find_method({**given, **shorthands})
+
+
+class RunConfig(TrainConfig):
+    """The settings of a run with its model and its rows, as ``config.yaml`` in the run folder says them.
+
+    Attributes:
+        model: folder or hub name of the base; None for a model that was given as an object.
+        data: the file or folder of examples; None for rows that were given as objects.
+    """
+
+    model: str | None = None
+    data: str | None = None
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

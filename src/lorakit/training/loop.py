@@ -1,335 +1,213 @@
-"""The training loop: batches, gradients, steps, validation, and the best adapter so far.
+"""The training loop: rows in order, steps, evaluations when they are due, checkpoints, and the best adapter so far.
 
-A step's loss is the mean over all its rows or supervised tokens, whatever the micro-batches and the
-processes: each token weighs the same. The first Ctrl-C ends the run after the step at hand.
+It is a walk over :class:`Progress`: wherever a run was left, the same calls follow with the same numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
-import signal
-import threading
+import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
 
-from lorakit.adapters import AdapterState, Handle
-from lorakit.errors import TrainingError
-from lorakit.records import Evaluation
+from lorakit.adapters import Handle
+from lorakit.records import Evaluation, Sample
 from lorakit.training.data.batches import BatchOrder, Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import count_units, goodness, summed_loss
-from lorakit.training.observe import Observer, Step
+from lorakit.training.diary import Diary
+from lorakit.training.keeper import Keeper, Snapshot
+from lorakit.training.mode import training_mode
+from lorakit.training.observe import Observer
+from lorakit.training.plan import Outcome, Plan
+from lorakit.training.processes import Processes
+from lorakit.training.randomness import PROCESS_STRIDE, Randomness, own_generators
+from lorakit.training.signals import Interrupts, noticed
+from lorakit.training.stepper import ALONE, Stepper
+from lorakit.training.tasks import Task
 
-WARMUP_SHARE = 0.06
+SAVE_SECONDS = 600.0
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What the loop needs to know.
-
-    Attributes:
-        num_steps: optimizer steps.
-        batch_size: rows per step; ``micro_batch`` of them at a time in memory.
-        lr, weight_decay, clip_norm: of AdamW.
-        seed: of the order of the rows.
-        fp16: scale the loss, so that small gradients survive in an fp16 base's activations.
-    """
-
-    num_steps: int
-    batch_size: int
-    micro_batch: int
-    lr: float
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    seed: int = 0
-    fp16: bool = False
-
-
-@dataclass
-class Outcome:
-    """What the loop did.
-
-    Attributes:
-        steps: optimizer steps taken; ``epochs`` passes over the rows.
-        seconds, tokens: training time without validation, and input tokens in it.
-        best: the adapter that was best on the validation rows, ``best_step`` where it was, and ``best_measure`` what
-            was measured there; None if nothing was measured.
-        interrupted: ended by Ctrl-C.
-        metrics: lines for ``metrics.jsonl``.
-    """
-
-    steps: int = 0
-    epochs: float = 0.0
-    seconds: float = 0.0
-    tokens: int = 0
-    best: AdapterState | None = None
-    best_step: int = 0
-    best_measure: Evaluation | None = None
-    interrupted: bool = False
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-
-
-def schedule(step: int, num_steps: int) -> float:
-    """Return the factor on the learning rate at ``step`` (from 0): a linear warm-up, then linear to 0."""
-    warmup = max(1, math.ceil(WARMUP_SHARE * num_steps))
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
-
-
-def optimizer_for(handle: Handle, name: str, plan: Plan) -> torch.optim.AdamW:
-    """Return AdamW over the adapter's parameters, in the groups that its method asks for."""
-    entry = handle.entry(name)
-    groups = entry.method.param_groups(handle.parameters(name), plan.lr)
-    return torch.optim.AdamW(groups, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+Measure = Callable[[], tuple[Evaluation, Sequence[Sample]]]
 
 
 def train(
     handle: Handle,
     name: str,
+    task: Task,
     rows: Sequence[EncodedRow],
     collate: Collator,
     plan: Plan,
     observer: Observer,
-    validate: Callable[[], Evaluation] | None = None,
-    log: Callable[[dict[str, Any]], None] | None = None,
+    validate: Measure | None = None,
+    keeper: Keeper | None = None,
+    processes: Processes = ALONE,
+    start: Snapshot | None = None,
 ) -> Outcome:
     """Train the adapter ``name`` in place; the model is in evaluation mode afterwards.
+
+    The first Ctrl-C (or SIGTERM) ends the run after the step at hand; a second one at once, as KeyboardInterrupt,
+    with a checkpoint of the last whole step. The caller's random generators are left alone.
 
     Args:
         handle: the adapters on the model.
         name: which of them; it must be the one that acts.
+        task: what is learned.
         rows: encoded training rows.
         collate: makes batches.
         plan: how long and how fast.
         observer: is told about every step.
-        validate: measures the model; called at the end of every epoch and of the run.
-        log: takes each line of metrics as it comes.
+        validate: measures the model, with a few samples, whenever an evaluation is due; called in the main process.
+        keeper: takes lines of metrics and checkpoints.
+        processes: which of how many processes this is.
+        start: where to go on; the adapter has that snapshot's tensors.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite.
+        TrainingError: the run cannot go on: a loss or gradient that is not finite, no memory, a full disk.
     """
-    stepper = Stepper(handle, name, plan)
-    diary = _Diary(handle, name, plan.num_steps, math.ceil(len(rows) / plan.batch_size), observer, log)
-    outcome = diary.outcome
-    lengths = [len(row.input_ids) for row in rows]
-    with _stop_on_interrupt() as stopped, _training(handle):
-        for epoch in itertools.count():
-            for numbers in BatchOrder(lengths, plan.batch_size, plan.seed, epoch):
-                start = time.perf_counter()
-                parts = _parts(numbers, plan.micro_batch)
-                taken = stepper.step([collate([rows[i] for i in part]) for part in parts])
-                diary.step(taken, sum(lengths[i] for i in numbers), time.perf_counter() - start)
-                if diary.ended or stopped.is_set():
-                    break
-            if validate is not None and (diary.ended or not stopped.is_set()):
-                diary.evaluation(validate())
-            if diary.ended or stopped.is_set():
-                break
-    outcome.interrupted = not diary.ended
+    loop = _Loop(handle, name, task, rows, collate, plan, observer, validate, keeper or Keeper(), processes)
+    seed = plan.seed + PROCESS_STRIDE * processes.rank
+    mode = training_mode(handle.model, plan.grad_checkpointing)
+    with own_generators(loop.stepper.device, seed), noticed() as interrupts, mode:
+        if start is not None:
+            loop.load(start)
+        loop.run(interrupts)
     observer.training_ends()
-    return outcome
+    return loop.diary.outcome()
 
 
-@dataclass(frozen=True)
-class Taken:
-    """One optimizer step: mean loss in nats, the gradient's norm before clipping, the first group's rate."""
-
-    loss: float
-    norm: float
-    rate: float
-
-
-class Stepper:
-    """Takes optimizer steps, each over one or more micro-batches."""
-
-    def __init__(self, handle: Handle, name: str, plan: Plan) -> None:
-        from accelerate import Accelerator
-
-        self.plan = plan
-        self.method = handle.entry(name).method
-        self.updates = handle.updates(name)
-        self.parameters = list(handle.parameters(name).values())
-        self.device = next(handle.model.parameters()).device
-        # The model stays where it is and as it is: no device, dtype or forward is changed for it.
-        self.accelerator = Accelerator(device_placement=False, mixed_precision="no")
-        alone = self.accelerator.num_processes == 1
-        self.model: nn.Module = handle.model if alone else self.accelerator.prepare_model(handle.model)
-        self.optimizer = optimizer_for(handle, name, plan)
-        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.fp16)
-        self.count = 0
-
-    def step(self, batches: Sequence[dict[str, Tensor]]) -> Taken:
-        """Take one step on the mean loss over all the batches' rows or supervised tokens.
-
-        Raises:
-            TrainingError: the loss or the gradient is not finite; the parameters are as before.
-        """
-        self.count += 1
-        factor = schedule(self.count - 1, self.plan.num_steps)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        loss = self._backward(batches)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.count}. Likely causes: a learning rate that is too high "
-                f"({self.plan.lr:g} here), or fp16 overflow. Try a tenth of it, or dtype 'fp32'."
-            )
-        self.scaler.unscale_(self.optimizer)
-        self.method.before_step(self.updates, self.count)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.plan.clip_norm))
-        # With fp16 an overflow is expected now and then: the scaler leaves that step out and scales less.
-        if not math.isfinite(norm) and not self.plan.fp16:
-            raise TrainingError(
-                f"the gradient is {norm} at step {self.count}. Try a lower learning rate than {self.plan.lr:g}, "
-                "or dtype 'fp32'."
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(self.updates, self.count)
-        return Taken(loss, norm, float(self.optimizer.param_groups[0]["lr"]))
-
-    def _backward(self, batches: Sequence[dict[str, Tensor]]) -> float:
-        """Add up the gradients of all batches and return their mean loss, penalty included."""
-        units = torch.tensor(sum(count_units(self.model, batch) for batch in batches), device=self.device)
-        everywhere = max(1, int(self.accelerator.reduce(units, reduction="sum")))
-        total = 0.0
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, _ = summed_loss(self.model, {k: v.to(self.device) for k, v in batch.items()})
-                # Gradients of several processes are averaged, so each counts as many times as there are.
-                loss = loss * (self.accelerator.num_processes / everywhere)
-                if last and (penalty := self.method.penalty(self.updates)) is not None:
-                    loss = loss + penalty
-                self.accelerator.backward(self.scaler.scale(loss))
-                total += float(loss.detach())
-        return total
-
-
-class _Diary:
-    """Keeps the outcome while the run goes on, and tells it to whoever watches."""
+class _Loop:
+    """One run of the loop."""
 
     def __init__(
         self,
         handle: Handle,
         name: str,
-        num_steps: int,
-        per_epoch: int,
+        task: Task,
+        rows: Sequence[EncodedRow],
+        collate: Collator,
+        plan: Plan,
         observer: Observer,
-        log: Callable[[dict[str, Any]], None] | None,
+        validate: Measure | None,
+        keeper: Keeper,
+        processes: Processes,
     ) -> None:
-        self.outcome = Outcome()
-        self.handle = handle
-        self.name = name
-        self.num_steps = num_steps
-        self.per_epoch = per_epoch
-        self.observer = observer
-        self.log = log
+        self.handle, self.name, self.rows, self.plan = handle, name, rows, plan
+        self.validate, self.keeper, self.processes = validate, keeper, processes
+        self.lengths = [task.size(row) for row in rows]
+        per_epoch = len(BatchOrder(self.lengths, plan.batch_size, plan.seed))
+        self.diary = Diary(plan, per_epoch, observer, keeper, task.goodness)
+        self.stepper = Stepper(handle, name, task, collate, plan, processes, self._backed_off)
+        self.order: tuple[int, list[list[int]]] | None = None
+        self.boundary: Randomness | None = None
+        self.saved: tuple[int, bool] = (0, False)
+        self.saved_s = time.monotonic()
 
-    @property
-    def ended(self) -> bool:
-        """Whether the last step of the plan is done."""
-        return self.outcome.steps >= self.num_steps
+    def load(self, start: Snapshot) -> None:
+        """Go on from a snapshot: progress, optimizer, generators and what the method remembers."""
+        progress = start.progress
+        self.diary.load(start)
+        self.stepper.load(progress.step, progress.micro_batch, progress.halved, start.tensors, start.scaler)
+        prefix = f"random/{self.processes.rank}/"
+        own = {key.removeprefix(prefix): t for key, t in start.tensors.items() if key.startswith(prefix)}
+        Randomness.from_tensors(own).restore(self.stepper.device)
+        self.saved = progress.step, progress.unmeasured
 
-    def step(self, taken: Taken, tokens: int, seconds: float) -> None:
-        """Note a step, its input tokens and its time."""
-        outcome = self.outcome
-        outcome.steps += 1
-        outcome.epochs = outcome.steps / self.per_epoch
-        outcome.tokens += tokens
-        outcome.seconds += seconds
-        speed = outcome.tokens / max(outcome.seconds, 1e-9)
-        step = Step(
-            outcome.steps,
-            self.num_steps,
-            outcome.epochs,
-            taken.loss,
-            taken.rate,
-            taken.norm,
-            speed,
-            outcome.seconds,
-        )
-        self.observer.step(step)
-        self._write({"kind": "train", **{key: value for key, value in vars(step).items() if key != "num_steps"}})
+    def run(self, interrupts: Interrupts) -> None:
+        """Go on until the run is over or a signal has come."""
+        self.boundary = Randomness.now(self.stepper.device)
+        try:
+            while self._goes_on(interrupts):
+                self._step(interrupts)
+        except KeyboardInterrupt:
+            # The generators of the other processes cannot be asked for any more.
+            if self.diary.progress.step and not self.processes.several:
+                self._save()
+            raise
 
-    def evaluation(self, found: Evaluation) -> None:
-        """Note what was measured, and keep the adapter if none was better.
+    def _goes_on(self, interrupts: Interrupts) -> bool:
+        """Do what is due between two steps; return whether another step follows."""
+        progress = self.diary.progress
+        stops, waited = self._agreed(interrupts.asked, time.monotonic() - self.saved_s > SAVE_SECONDS)
+        over = progress.step >= self.plan.num_steps
+        measured = False
+        if progress.unmeasured and (over or not stops):
+            self._measure()
+            measured = True
+        ended = self.diary.ended
+        every = self.plan.save_every
+        due = progress.step % every == 0 if every else measured or waited
+        if due or (measured and progress.best_step == progress.step) or stops or ended:
+            with interrupts.held():
+                self._save()
+        return not (ended or stops)
 
-        Raises:
-            TrainingError: the loss is not finite.
-        """
-        outcome = self.outcome
-        if not math.isfinite(found.loss):
-            raise TrainingError(
-                f"the loss on the validation rows is {found.loss} after step {outcome.steps}: the adapter has grown "
-                "beyond all bounds. Try a tenth of the learning rate."
-            )
-        best = outcome.best_measure is None or goodness(found) > goodness(outcome.best_measure)
-        if best:
-            outcome.best, outcome.best_step = self.handle.state(self.name), outcome.steps
-            outcome.best_measure = found
-        self.observer.evaluation(outcome.steps, outcome.epochs, found, best)
-        self._write(
-            {
-                "kind": "eval",
-                "step": outcome.steps,
-                "epoch": outcome.epochs,
-                "loss": found.loss,
-                "accuracy": found.accuracy,
-                "perplexity": found.perplexity,
-            }
-        )
+    def _agreed(self, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether it is set in any process."""
+        if not self.processes.several:
+            return flags
+        found = self.processes.add(torch.tensor([int(flag) for flag in flags], device=self.stepper.device))
+        return tuple(bool(count) for count in found.tolist())
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self.outcome.metrics.append(line)
-        if self.log is not None:
-            self.log(line)
+    def _step(self, interrupts: Interrupts) -> None:
+        begun = time.perf_counter()
+        progress = self.diary.progress
+        batches = self._batches(progress.epoch)
+        numbers = batches[progress.batch]
+        rows = [self.rows[i] for i in numbers]
+        loss = self.stepper.gradients(rows)
+        with interrupts.held():
+            taken = self.stepper.settle(loss)
+            progress.batch += 1
+            if progress.batch == len(batches):
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+            step = progress.step + 1
+            due = progress.batch == 0 if self.plan.eval_every is None else step % self.plan.eval_every == 0
+            progress.unmeasured = self.validate is not None and (due or step == self.plan.num_steps)
+            progress.micro_batch, progress.halved = self.stepper.micro_batch, self.stepper.halved
+            self.boundary = Randomness.now(self.stepper.device)
+            tokens = sum(self.lengths[i] for i in numbers)
+            self.diary.step(taken, [row.number for row in rows], tokens, time.perf_counter() - begun)
 
+    def _measure(self) -> None:
+        assert self.validate is not None
+        found, samples = None, ()
+        if self.processes.main:
+            with own_generators(self.stepper.device):
+                found, samples = self.validate()  # type: ignore[assignment]
+        found = self.processes.from_main(Evaluation, found, self.stepper.device)
+        self.diary.evaluation(found, lambda: self.handle.state(self.name), samples)
 
-def _parts(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    def _save(self) -> None:
+        """Hand over a snapshot, unless there is one of this very moment."""
+        progress = self.diary.progress
+        if not self.keeper.saves or self.saved == (progress.step, progress.unmeasured):
+            return
+        assert self.boundary is not None
+        tensors = self.stepper.tensors()
+        for name, tensor in self.boundary.tensors().items():
+            for rank, own in enumerate(self._everyones(tensor)):
+                tensors[f"random/{rank}/{name}"] = own
+        scaler = self.stepper.scaler.state_dict()
+        self.keeper.save(Snapshot(copy.deepcopy(progress), self.handle.state(self.name), tensors, scaler))
+        self.saved, self.saved_s = (progress.step, progress.unmeasured), time.monotonic()
 
+    def _everyones(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return a byte tensor of every process; they may be of unlike lengths."""
+        if not self.processes.several:
+            return [tensor]
+        device = self.stepper.device
+        sizes = [int(size) for size in self.processes.gathered(torch.tensor([len(tensor)]), device)]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(tensor)] = tensor
+        return [each[:size] for each, size in zip(self.processes.gathered(padded, device), sizes, strict=True)]
 
-@contextlib.contextmanager
-def _training(handle: Handle) -> Iterator[None]:
-    """Put the model in training mode, and in evaluation mode afterwards, whatever happens."""
-    handle.model.train()
-    try:
-        yield
-    finally:
-        handle.model.eval()
+    def _backed_off(self, text: str) -> None:
+        self.diary.remark("memory", text)
+        self.keeper.backed_off(self.stepper.count + 1)
 
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Let the first Ctrl-C (or SIGTERM) set an event, a second one interrupt at once.
-
-    Only the main thread hears of signals; in another one the event stays unset.
-    """
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def stop(signum: int, frame: Any) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            # None: a handler that was not set from Python and cannot be put back from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """Return the row numbers of an epoch's batches."""
+        if self.order is None or self.order[0] != epoch:
+            self.order = epoch, list(BatchOrder(self.lengths, self.plan.batch_size, self.plan.seed, epoch))
+        return self.order[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.records import Choice, Evaluation
+from lorakit.records import Choice, Evaluation, Sample
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ class Observer:
 
     def evaluation(self, step: int, epoch: float, evaluation: Evaluation, best: bool) -> None:
         """The validation rows were measured; ``best`` if no earlier measurement was better."""
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """A few held-out rows were answered, with the base's answers beside."""
+
+    def resumes(self, step: int, num_steps: int) -> None:
+        """The run goes on after ``step``."""
+
+    def checkpointed(self, step: int, place: str) -> None:
+        """A checkpoint of ``step`` is on the disk: the run can be resumed from there."""
 
     def training_ends(self) -> None:
         """The last step is done."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,25 +11,28 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lorakit.adapters import handle_of
-from lorakit.bases import DTYPES, Base, context_length, is_chat_model, load_base, model_kind
+from lorakit.bases import DTYPES, Base, context_length, load_base
 from lorakit.bases.header import read_header
 from lorakit.bases.source import check_folder, config_values, local_folder
 from lorakit.bases.tokenizer import ensure_padding
 from lorakit.errors import AdapterError, ConfigError, DataError, ModelError, TrainingError, quoted
 from lorakit.methods import Method
-from lorakit.text.supervise import SEPARATOR
 from lorakit.training import recipe as recipes
 from lorakit.training.config import TrainConfig
 from lorakit.training.data.detect import detect_task
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.data.layouts import CLASSIFICATION, GENERATION, Detection
+from lorakit.training.data.layouts import Detection
 from lorakit.training.data.read import read_splits, read_table, table_from_rows
-from lorakit.training.data.split import label_names, split_rows
+from lorakit.training.data.split import split_rows
 from lorakit.training.data.table import Row, Table
+from lorakit.training.diagnosis import rate_far_off
+from lorakit.training.fitting import fit_micro_batch
 from lorakit.training.memory import machine_bytes
 from lorakit.training.observe import Observer
+from lorakit.training.processes import local_device
 from lorakit.training.recipe import Recipe
 from lorakit.training.spec import TaskSpec
+from lorakit.training.tasks import Task, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +57,8 @@ class Prepared:
     base: Base
     method: Method
     spec: TaskSpec
-    train: tuple[EncodedRow, ...]
-    held: tuple[EncodedRow, ...]
+    train: Sequence[EncodedRow]
+    held: Sequence[EncodedRow]
     recipe: Recipe
     notes: list[str]
 
@@ -76,38 +76,33 @@ def prepare(
         InputError: whatever is wrong with the settings, the rows or the model, before any long work.
     """
     method = config.resolved_method()
-    check_processes()
     check_space(config.output)
     recipe = Recipe()
     observer.stage("reading the data")
     train, held, detection = read_rows(rows, config)
-    recipe.say("task", detection.task, "as asked" if config.task else detection.reason)
-    labels = label_names({"train": train, "validation": held}, detection) if detection.task == CLASSIFICATION else ()
+    recipe.say("task", detection.task, detection.reason)
+    task = find_task(detection.task)
+    labels = task.labels({"train": train, "validation": held}, detection)
     observer.stage("loading the model")
     labels = in_model_order(labels, model, config.revision) if labels else ()
-    base = the_base(model, tokenizer, detection.task, labels, config, recipe)
-    context = context_length(base.model, base.tokenizer)
-    recipes.choose_length(config, recipe, detection.task, context)
-    writes = detection.task == GENERATION
-    spec = TaskSpec(
-        task=detection.task,
-        labels=labels,
-        max_length=recipe.max_length,
-        chat=writes and (detection.layout == "messages" or is_chat_model(base.tokenizer, base.model)),
-        encoder_decoder=writes and model_kind(base.model.config) == "encoder-decoder",
-        separator=SEPARATOR if writes else "",
-        layout=detection.layout,
-    )
+    base = the_base(model, tokenizer, task, labels, config, recipe)
+    check_options(base.model, config)
+    recipes.choose_length(config, recipe, task.usual, context_length(base.model, base.tokenizer))
+    mapping = tuple(sorted((config.columns or {}).items()))
+    spec = TaskSpec(detection.task, labels, recipe.max_length, separator="", layout=detection.layout, columns=mapping)
+    spec = task.fitted(spec, base.model, base.tokenizer)
     observer.stage("encoding the rows")
     encoded, encoded_held = spec.encode(train, detection, base.tokenizer), spec.encode(held, detection, base.tokenizer)
-    if detection.task == GENERATION:
-        spec = dataclasses.replace(spec, separator=encoded.separator)
+    spec = spec.kind.encoded(encoded)
     counted = f"{len(encoded.rows):,} train, {len(encoded_held.rows):,} validation"
     recipe.say("rows", counted, _split_reason(config, parted=held.source == train.source))
     width = int(base.model.config.get_text_config().hidden_size)
     count = sum(parameter.numel() for parameter in base.model.parameters())
-    recipes.choose_steps(config, recipe, detection.task, len(encoded.rows), width, count)
+    recipes.choose_steps(config, recipe, task.usual, len(encoded.rows), width, count)
+    fit_micro_batch(config, recipe, base, spec, method, encoded.rows)
     notes = [*encoded.notes, *encoded_held.notes]
+    far = rate_far_off(recipe.lr, recipe.usual_lr)
+    notes += [far.text] if far is not None else []
     return Prepared(base, method, spec, encoded.rows, encoded_held.rows, recipe, notes)
 
 
@@ -119,7 +114,7 @@ def read_rows(rows: Rows, config: TrainConfig) -> tuple[Table, Table, Detection]
     """
     tables = read_splits(rows) if isinstance(rows, (str, Path)) else {"train": table_from_rows(rows)}
     train = tables["train"]
-    detection = detect_task(train, config.task)
+    detection = detect_task(train, config.task, config.columns)
     if isinstance(config.validation, str):
         held = read_table(config.validation)
     elif "validation" in tables:
@@ -127,7 +122,7 @@ def read_rows(rows: Rows, config: TrainConfig) -> tuple[Table, Table, Detection]
     else:
         parted, held = split_rows(train, detection, config.validation, config.seed)
         return parted, held, detection
-    other = detect_task(held, detection.task)
+    other = detect_task(held, detection.task, config.columns)
     if other.layout != detection.layout:
         raise DataError(
             f"{held.source} has the layout {other.layout}, {train.source} {detection.layout}; give both alike."
@@ -166,7 +161,7 @@ def in_model_order(labels: tuple[str, ...], model: str | Path | nn.Module, revis
 def the_base(
     model: str | Path | nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    task: str,
+    task: type[Task],
     labels: tuple[str, ...],
     config: TrainConfig,
     recipe: Recipe,
@@ -192,10 +187,10 @@ def the_base(
     recipes.choose_dtype(config, recipe, count, machine_bytes())
     return load_base(
         str(folder) if folder is not None else str(model),
-        task,
+        task.name,
         labels=labels,
         dtype=recipe.dtype,
-        device=recipe.device,
+        device=local_device(recipe.device),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
@@ -205,7 +200,7 @@ def the_base(
 def _given_base(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    task: str,
+    task: type[Task],
     labels: tuple[str, ...],
     config: TrainConfig,
     recipe: Recipe,
@@ -233,14 +228,8 @@ def _given_base(
             f"the model has adapters already: {quoted(existing.names)}. Remove them first with "
             "lorakit.handle_of(model).detach(), or give the model's name instead."
         )
-    if task == CLASSIFICATION and model.config.num_labels != len(labels):
-        raise ConfigError(
-            f"the model has {model.config.num_labels} classes, the rows {len(labels)}: {', '.join(labels)}. "
-            "Load it with num_labels to match, or give its name instead."
-        )
-    if task != CLASSIFICATION and model_kind(model.config) == "encoder":
-        raise ModelError(f"{kind} is an encoder: it reads text but does not write it, so it cannot do {task}.")
-    ensure_padding(model, tokenizer, required=task == CLASSIFICATION)
+    task.check_model(model, labels)
+    ensure_padding(model, tokenizer, required=bool(labels))
     parameter = next(model.parameters())
     words = {value: word for word, value in DTYPES.items()}
     recipe.device, recipe.dtype = str(parameter.device), words.get(parameter.dtype, "auto")
@@ -249,17 +238,14 @@ def _given_base(
     return Base(model, tokenizer, model.config.name_or_path or kind, None, ())
 
 
-def check_processes() -> None:
-    """Refuse to be one of several processes, which would all train on the same rows and write the same folder.
+def check_options(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse options that this model does not have.
 
     Raises:
-        ConfigError: a launcher has started more than one.
+        ConfigError: gradient checkpointing of a model without it.
     """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
-        raise ConfigError(
-            f"started as one of {count} processes; training runs in one process. Start it without a launcher."
-        )
+    if config.grad_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing. Leave grad_checkpointing out.")
 
 
 def check_space(output: str | None) -> None:
@@ -278,25 +264,6 @@ def check_space(output: str | None) -> None:
         raise TrainingError(
             f"only {free / 2**20:.0f} MiB are free at '{place}'; a run folder needs 64. Free some space."
         )
-
-
-def resolved(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
-    """Return the settings as decided, ready for ``config.yaml``; training with them again is the same run."""
-    recipe = prepared.recipe
-    values: dict[str, Any] = json.loads(config.model_dump_json(exclude={"output", "force", "rank", "alpha"}))
-    values.update(
-        task=prepared.spec.task,
-        method=prepared.method.summary(),
-        epochs=recipe.epochs,
-        lr=recipe.lr,
-        batch_size=recipe.batch_size,
-        micro_batch=recipe.micro_batch,
-        max_length=recipe.max_length,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        revision=prepared.base.revision,
-    )
-    return values
 
 
 def _has_weights(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from lorakit.records import Proof
 from lorakit.text.generate import evaluating
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
-from lorakit.training.objectives import forward
+from lorakit.training.tasks import Task
 
 NUM_ROWS = 8
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -39,27 +39,27 @@ def tolerance(outputs: Tensor) -> float:
 
 
 @torch.no_grad()
-def outputs_on(model: nn.Module, rows: Sequence[EncodedRow], collate: Collator) -> Tensor:
+def outputs_on(model: nn.Module, rows: Sequence[EncodedRow], collate: Collator, task: Task) -> Tensor:
     """Return the model's logits on a few rows, in evaluation mode; the model's mode is kept."""
     device = next(model.parameters()).device
     with evaluating(model):
-        return forward(model, {k: v.to(device) for k, v in collate(rows[:NUM_ROWS]).items()})
+        return task.outputs(model, {k: v.to(device) for k, v in collate(rows[:NUM_ROWS]).items()})
 
 
-def take_reference(model: nn.Module, rows: Sequence[EncodedRow], collate: Collator) -> Reference:
+def take_reference(model: nn.Module, rows: Sequence[EncodedRow], collate: Collator, task: Task) -> Reference:
     """Measure a model to which nothing is attached yet."""
-    return Reference(digest(model), outputs_on(model, rows, collate))
+    return Reference(digest(model), outputs_on(model, rows, collate, task))
 
 
-def prove(handle: Handle, reference: Reference, rows: Sequence[EncodedRow], collate: Collator) -> Proof:
+def prove(handle: Handle, reference: Reference, rows: Sequence[EncodedRow], collate: Collator, task: Task) -> Proof:
     """Compare the model with what it was, and merge once to see that merging changes nothing."""
     found = handle.digest()
     with handle.disabled():
-        disabled = outputs_on(handle.model, rows, collate)
-    adapted = outputs_on(handle.model, rows, collate)
+        disabled = outputs_on(handle.model, rows, collate, task)
+    adapted = outputs_on(handle.model, rows, collate, task)
     handle.merge()
     try:
-        merged = outputs_on(handle.model, rows, collate)
+        merged = outputs_on(handle.model, rows, collate, task)
     finally:
         handle.unmerge()
     return Proof(

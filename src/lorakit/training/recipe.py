@@ -11,14 +11,15 @@ from lorakit.errors import ConfigError
 from lorakit.methods import Method
 from lorakit.records import Choice
 from lorakit.training.config import TrainConfig
+from lorakit.training.optimizers import LARGER_RATE
+from lorakit.training.plan import Plan
+from lorakit.training.schedule import Schedule
+from lorakit.training.tasks import Usual
 
 LEARNING_RATE = 1e-3
 REFERENCE_WIDTH = 512
-LONGEST_CLASSIFIED = 512
 MANY_ROWS = 2000
-FEWEST_STEPS = {"classification": 250, "generation": 200, "language-modeling": 200}
-MOST_EPOCHS = {"classification": 15, "generation": 3, "language-modeling": 3}
-USUAL_EPOCHS = {"classification": 5, "generation": 2, "language-modeling": 2}
+MOST_STEPS_UNMEASURED = 1000
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Recipe:
     """The settings of one run, all decided.
 
     Attributes:
+        usual_lr: what the learning rate would be if none were asked for.
         choices: every setting in words, in the order they were decided.
     """
 
@@ -37,6 +39,8 @@ class Recipe:
     epochs: float = 0.0
     num_steps: int = 0
     lr: float = 0.0
+    usual_lr: float = 0.0
+    eval_every: int = 0
     choices: list[Choice] = field(default_factory=list)
 
     def say(self, name: str, value: object, reason: str) -> None:
@@ -73,7 +77,7 @@ def choose_dtype(config: TrainConfig, recipe: Recipe, num_parameters: int | None
         recipe.say("dtype", "fp32", "fastest and most exact on a CPU")
 
 
-def choose_length(config: TrainConfig, recipe: Recipe, task: str, context: int) -> None:
+def choose_length(config: TrainConfig, recipe: Recipe, usual: Usual, context: int) -> None:
     """Decide how many tokens a row may have.
 
     Raises:
@@ -85,7 +89,7 @@ def choose_length(config: TrainConfig, recipe: Recipe, task: str, context: int) 
         recipe.max_length = config.max_length
         recipe.say("max_length", recipe.max_length, "as asked")
     else:
-        recipe.max_length = min(context, LONGEST_CLASSIFIED if task == "classification" else 2048)
+        recipe.max_length = min(context, usual.max_length)
         full = recipe.max_length == context
         recipe.say(
             "max_length", recipe.max_length, "the model's context" if full else f"enough; the context is {context:,}"
@@ -93,18 +97,18 @@ def choose_length(config: TrainConfig, recipe: Recipe, task: str, context: int) 
 
 
 def choose_steps(
-    config: TrainConfig, recipe: Recipe, task: str, num_rows: int, width: int, num_parameters: int
+    config: TrainConfig, recipe: Recipe, usual: Usual, num_rows: int, width: int, num_parameters: int
 ) -> None:
-    """Decide batch size, epochs, steps and learning rate for ``num_rows`` and a model of this width."""
-    _choose_batch(config, recipe, task, num_rows, num_parameters)
+    """Decide batch size, epochs, steps, learning rate and evaluations for ``num_rows`` and a model of this width."""
+    _choose_batch(config, recipe, usual, num_rows, num_parameters)
     per_epoch = math.ceil(num_rows / recipe.batch_size)
     if config.epochs is not None:
         recipe.epochs = config.epochs
         recipe.say("epochs", f"{recipe.epochs:g}", "as asked")
     else:
-        needed = math.ceil(FEWEST_STEPS[task] / per_epoch)
-        recipe.epochs = float(min(max(USUAL_EPOCHS[task], needed), MOST_EPOCHS[task]))
-        few = needed > USUAL_EPOCHS[task]
+        needed = math.ceil(usual.fewest_steps / per_epoch)
+        recipe.epochs = float(min(max(usual.epochs, needed), usual.most_epochs))
+        few = needed > usual.epochs
         recipe.say(
             "epochs", f"{recipe.epochs:g}", f"{num_rows:,} rows are few" if few else f"enough for {num_rows:,} rows"
         )
@@ -114,24 +118,49 @@ def choose_steps(
         recipe.say("steps", recipe.num_steps, "max_steps, as asked")
     else:
         recipe.say("steps", recipe.num_steps, f"{per_epoch:,} per epoch")
+    _choose_rate(config, recipe, width)
+    _choose_evaluations(config, recipe, per_epoch)
+
+
+def _choose_rate(config: TrainConfig, recipe: Recipe, width: int) -> None:
+    usual = LEARNING_RATE * min(1.0, (REFERENCE_WIDTH / width) ** 0.75) * LARGER_RATE[config.optimizer]
+    recipe.usual_lr = float(f"{usual:.1g}")
     if config.lr is not None:
         recipe.lr = config.lr
         recipe.say("lr", f"{recipe.lr:g}", "as asked")
     else:
-        recipe.lr = float(f"{LEARNING_RATE * min(1.0, (REFERENCE_WIDTH / width) ** 0.75):.1g}")
-        recipe.say(
-            "lr", f"{recipe.lr:g}", f"adapters like some ten times full fine-tuning's; the model is {width:,} wide"
-        )
+        recipe.lr = recipe.usual_lr
+        adamw = config.optimizer == "adamw"
+        than = "some ten times full fine-tuning's" if adamw else f"a large one with {config.optimizer}"
+        recipe.say("lr", f"{recipe.lr:g}", f"adapters like {than}; the model is {width:,} wide")
+    warmup = Schedule(config.schedule, recipe.num_steps, config.warmup).num_warmup
+    asked = {"optimizer", "schedule", "warmup"} & config.model_fields_set
+    recipe.say(
+        "optimizer",
+        f"{config.optimizer}, {config.schedule} after {warmup:,} step{'' if warmup == 1 else 's'} of warm-up",
+        "as asked" if asked else "steady for most tasks",
+    )
 
 
-def _choose_batch(config: TrainConfig, recipe: Recipe, task: str, num_rows: int, num_parameters: int) -> None:
+def _choose_evaluations(config: TrainConfig, recipe: Recipe, per_epoch: int) -> None:
+    if config.eval_every is not None:
+        recipe.eval_every = config.eval_every
+        reason = "as asked"
+    else:
+        recipe.eval_every = math.ceil(per_epoch / math.ceil(per_epoch / MOST_STEPS_UNMEASURED))
+        reason = "each epoch" if recipe.eval_every == per_epoch else f"an epoch has {per_epoch:,} steps"
+    ends = f"; the run ends after {config.patience} without a better one" if config.patience is not None else ""
+    recipe.say("eval_every", f"{recipe.eval_every:,} steps", f"{reason}; the best adapter is kept{ends}")
+
+
+def _choose_batch(config: TrainConfig, recipe: Recipe, usual: Usual, num_rows: int, num_parameters: int) -> None:
     if config.batch_size is not None:
         recipe.batch_size = min(config.batch_size, num_rows)
         fits = recipe.batch_size == config.batch_size
         recipe.say("batch_size", recipe.batch_size, "as asked" if fits else "all rows: there are no more")
     else:
-        usual = 8 if task != "classification" else 16 if num_rows < MANY_ROWS else 32
-        recipe.batch_size = min(usual, max(1, num_rows // 8))
+        size = usual.batch_size if num_rows < MANY_ROWS else usual.batch_size_of_many
+        recipe.batch_size = min(size, max(1, num_rows // 8))
         recipe.say("batch_size", recipe.batch_size, f"usual for {num_rows:,} rows")
     if config.micro_batch is not None:
         recipe.micro_batch = min(config.micro_batch, recipe.batch_size)
@@ -152,3 +181,27 @@ def say_method(config: TrainConfig, recipe: Recipe, method: Method, targets: lis
     shown = ", ".join(targets[:6]) + (f" and {len(targets) - 6} more" if len(targets) > 6 else "")
     asked = "as asked; " if config.targets != "all-linear" else "every linear layer; "
     recipe.say("targets", shown, f"{asked}{coverage}")
+
+
+def plan_of(config: TrainConfig, recipe: Recipe) -> Plan:
+    """Return what the loop is to do."""
+    return Plan(
+        num_steps=recipe.num_steps,
+        batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch,
+        lr=recipe.lr,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+        dtype=recipe.dtype,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        eval_every=recipe.eval_every,
+        save_every=config.save_every,
+        patience=config.patience,
+        grad_checkpointing=config.grad_checkpointing,
+        compile=config.compile,
+        halve_micro_at=config.halve_micro_at,
+        usual_lr=recipe.usual_lr,
+    )

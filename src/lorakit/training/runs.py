@@ -14,13 +14,14 @@ from lorakit.formats.store import load_adapter, read_adapter
 from lorakit.records import Evaluation
 from lorakit.text import generate as writing
 from lorakit.text.supervise import instruction_prompt
+from lorakit.training.checkpoint import FOLDER as CHECKPOINTS
+from lorakit.training.checkpoint import Checkpoints
 from lorakit.training.config import read_config
 from lorakit.training.data.encode import EncodedSet
 from lorakit.training.data.read import read_table
 from lorakit.training.data.table import Table
-from lorakit.training.objectives import evaluate
-from lorakit.training.run_folder import read_spec
-from lorakit.training.samples import probabilities
+from lorakit.training.run_files import is_unfinished, read_spec
+from lorakit.training.scores import probabilities
 from lorakit.training.spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Run:
         """Measure the run on rows; return the scores, and notes such as rows left out."""
         encoded = self.read(data)
         collate = self.spec.collator(self.base.tokenizer)
-        return evaluate(self.base.model, encoded.rows, collate, self.spec.labels), encoded.notes
+        return self.spec.kind.evaluate(self.base.model, encoded.rows, collate), encoded.notes
 
     def predict(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[Prediction]:
         """Classify texts, or pairs of texts.
@@ -188,6 +189,7 @@ def open_run(
         seed=int(settings.get("seed", 0)),
     )
     handle = load_adapter(loaded.model, folder)
+    loaded.model.train(False)
     if not (folder / "task.json").is_file():
         spec = completed(spec, loaded)
     return Run(loaded, handle, spec, folder)
@@ -201,9 +203,13 @@ def check_adapter_folder(folder: Path) -> None:
         beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise RunFolderError(f"there is no run folder '{folder}'.{did_you_mean(folder.name, beside)}")
     if not (folder / "adapter_config.json").is_file():
-        hint = (
-            " It is a model; give the folder that `lorakit train` wrote." if (folder / "config.json").is_file() else ""
-        )
+        hint = ""
+        if (folder / "config.json").is_file():
+            hint = " It is a model; give the folder that `lorakit train` wrote."
+        elif is_unfinished(folder):
+            hint = f" Its run has not come to its end. Go on with it: lorakit resume {folder}"
+            names = Checkpoints(folder).names()
+            hint += f", or use '{folder / CHECKPOINTS / names[0]}' as it is." if names else "."
         raise RunFolderError(f"'{folder}' has no adapter (no adapter_config.json).{hint}")
 
 

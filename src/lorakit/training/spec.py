@@ -1,4 +1,4 @@
-"""``TaskSpec``: what must be known of a task to use its adapter later, and how rows become tokens for it."""
+"""``TaskSpec``: what must be known of a task to use its adapter later."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ from lorakit.errors import DataError
 from lorakit.text.supervise import SEPARATOR
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.detect import detect_task
-from lorakit.training.data.encode import (
-    EncodedSet,
-    encode_classification,
-    encode_generation,
-    encode_language_modeling,
-)
-from lorakit.training.data.layouts import CLASSIFICATION, GENERATION, Detection
+from lorakit.training.data.encode import EncodedSet
+from lorakit.training.data.layouts import Detection
 from lorakit.training.data.table import Table
+from lorakit.training.tasks import Task, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PEFT_TASKS = {"classification": "SEQ_CLS", "generation": "CAUSAL_LM", "language-modeling": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True)
@@ -29,13 +23,14 @@ class TaskSpec:
     """A task as a run learned it; stored as ``task.json`` in the run folder.
 
     Attributes:
-        task: 'classification', 'generation' or 'language-modeling'.
+        task: the task's name, such as 'classification', 'generation' or 'language-modeling'.
         labels: class names in logit order.
         max_length: tokens per row.
         chat: prompts are written as a user's messages.
         encoder_decoder: the model reads the prompt and writes the completion on two sides.
         separator: what stands between prompt and completion.
         layout: the training rows' layout, such as 'instruction-output', whose prompts get a wording of their own.
+        columns: pairs of field and column, where the rows' columns were mapped.
     """
 
     task: str
@@ -45,19 +40,25 @@ class TaskSpec:
     encoder_decoder: bool = False
     separator: str = SEPARATOR
     layout: str = ""
+    columns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def kind(self) -> Task:
+        """All that can be done with examples of this task.
+
+        Raises:
+            ConfigError: this lorakit has no such task.
+        """
+        return find_task(self.task)(self)
 
     @property
     def peft_task(self) -> str:
         """PEFT's word for the task."""
-        return "SEQ_2_SEQ_LM" if self.encoder_decoder else PEFT_TASKS[self.task]
+        return self.kind.peft
 
     def encode(self, table: Table, detection: Detection, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
         """Turn rows into tokens and labels."""
-        if self.task == CLASSIFICATION:
-            return encode_classification(table, detection, tokenizer, self.labels, self.max_length)
-        if self.task == GENERATION:
-            return encode_generation(table, detection, tokenizer, self.max_length, self.chat, self.encoder_decoder)
-        return encode_language_modeling(table, detection, tokenizer, self.max_length)
+        return self.kind.encode(table, detection, tokenizer)
 
     def read(self, table: Table, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
         """Recognise rows as this task's and encode them.
@@ -65,7 +66,7 @@ class TaskSpec:
         Raises:
             DataError: they are of another task, or wrong.
         """
-        detection = detect_task(table, self.task)
+        detection = detect_task(table, self.task, dict(self.columns) or None)
         return self.encode(table, detection, tokenizer)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
@@ -73,4 +74,4 @@ class TaskSpec:
         pad = tokenizer.pad_token_id
         if not isinstance(pad, int):
             raise DataError("the tokenizer has no padding token, so rows cannot share a batch.")
-        return Collator(pad, encoder_decoder=self.encoder_decoder, max_length=self.max_length)
+        return self.kind.collator(pad)

@@ -1,0 +1,69 @@
+"""The micro-batch that memory holds: chosen before the first step, by a simulation where it could be close."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from lorakit.bases import Base
+from lorakit.errors import ModelError
+from lorakit.methods import Method
+from lorakit.training.config import TrainConfig
+from lorakit.training.costs import Setup, fitting_micro_batch, surely_fits
+from lorakit.training.data.encode import EncodedRow
+from lorakit.training.memory import free_bytes
+from lorakit.training.recipe import Recipe, plan_of
+from lorakit.training.spec import TaskSpec
+
+MOST_ROWS = 256
+
+
+def fit_micro_batch(
+    config: TrainConfig, recipe: Recipe, base: Base, spec: TaskSpec, method: Method, rows: Sequence[EncodedRow]
+) -> None:
+    """Lower ``recipe.micro_batch`` to what the memory holds of the longest rows, and say so.
+
+    Nothing is done where it was asked for, where the memory is plainly ample, or where the system does not say how
+    much there is. A model that cannot be simulated keeps the recipe's choice; the step that is measured before the
+    training halves it if need be.
+    """
+    parameter = next(base.model.parameters())
+    free = free_bytes(parameter.device)
+    if config.micro_batch is not None or free is None or not rows:
+        return
+    longest = sorted(rows, key=lambda row: -row.length)[:MOST_ROWS]
+    count = sum(p.numel() for p in base.model.parameters())
+    if surely_fits(base.model.config, count, recipe.batch_size, longest[0].length, free):
+        if recipe.micro_batch != recipe.batch_size:
+            recipe.micro_batch = recipe.batch_size
+            recipe.say("micro_batch", recipe.micro_batch, f"{free / 2**30:.1f} GiB are free: far more than needed")
+        return
+    extra = [config.train_modules] if isinstance(config.train_modules, str) else list(config.train_modules)
+    heads = ["head"] if spec.labels else []
+    attaching = {
+        "targets": config.targets,
+        "exclude": config.exclude,
+        "layers": config.layers,
+        "train_modules": [*heads, *(name for name in extra if name not in heads)],
+        "seed": config.seed,
+    }
+    pad = base.tokenizer.pad_token_id
+    setup = Setup(
+        base.model.config,
+        parameter.dtype,
+        spec,
+        method,
+        attaching,
+        dataclasses.replace(plan_of(config, recipe), compile=False),
+        pad if isinstance(pad, int) else 0,
+        config.trust_remote_code,
+    )
+    own = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    try:
+        micro, parts = fitting_micro_batch(setup, longest, recipe.batch_size, free + own)
+    except ModelError as error:
+        recipe.say("micro_batch", recipe.micro_batch, f"not simulated ({error}); halved if a step does not fit")
+        return
+    recipe.micro_batch = micro
+    reason = f"the longest {micro:,} rows fit into {free / 2**30:.1f} GiB"
+    recipe.say("micro_batch", micro, f"{reason}; {parts} make a batch" if parts > 1 else reason)

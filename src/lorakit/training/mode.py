@@ -1,0 +1,30 @@
+"""How a model is set while it learns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module, grad_checkpointing: bool) -> Iterator[None]:
+    """Put the model in training mode, and in evaluation mode afterwards, whatever happens.
+
+    With ``grad_checkpointing`` the activations inside its blocks are not kept but computed again in the backward pass
+    (Chen et al. 2016, arXiv 1604.06174), in the form that composes with frozen embeddings.
+    """
+    switch: Any = model
+    # transformers 5 has other names for both, and warns of the old ones.
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    model.train()
+    if grad_checkpointing:
+        getattr(switch, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if grad_checkpointing:
+            getattr(switch, f"{word}_checkpointing_disable")()
+        model.train(False)

@@ -1,0 +1,96 @@
+"""Before the first step: the adapter on the model, the base measured, and whether a step fits into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters import Handle, attach
+from lorakit.bases import Base
+from lorakit.errors import TrainingError
+from lorakit.training.config import TrainConfig
+from lorakit.training.data.encode import EncodedRow
+from lorakit.training.diagnosis import broken_base
+from lorakit.training.measuring import step_memory
+from lorakit.training.observe import Observer
+from lorakit.training.prepare import Prepared
+from lorakit.training.start import Start
+from lorakit.training.stepper import is_out_of_memory, out_of_memory
+
+
+def attached(prepared: Prepared, config: TrainConfig, name: str) -> Handle:
+    """Attach the adapter that the settings describe; a new head is trained in full beside it."""
+    base = prepared.base
+    extra = [config.train_modules] if isinstance(config.train_modules, str) else list(config.train_modules)
+    heads = list(base.new_modules) or (["head"] if prepared.spec.labels else [])
+    return attach(
+        base.model,
+        prepared.method,
+        config.targets,
+        name=name,
+        exclude=config.exclude,
+        layers=config.layers,
+        train_modules=[*heads, *(module for module in extra if module not in heads)],
+        new_modules=base.new_modules,
+        seed=config.seed,
+    )
+
+
+def measured(prepared: Prepared, start: Start, asked: Sequence[EncodedRow], observer: Observer) -> Start:
+    """Return ``start`` with what the untouched base does on the held-out rows, and what must be beaten.
+
+    Raises:
+        TrainingError: the base gives no number for some rows, which are named.
+    """
+    model, tokenizer, held = prepared.base.model, prepared.base.tokenizer, prepared.held
+    task, collate = prepared.spec.kind, prepared.spec.collator(tokenizer)
+    observer.stage("measuring the base")
+    before = task.evaluate(model, held, collate)
+    if not math.isfinite(before.loss):
+        each = ((row, task.evaluate(model, [row], collate).loss) for row in held)
+        broken = [row.number for row, loss in each if not math.isfinite(loss)]
+        raise TrainingError(broken_base(before.loss, broken).text)
+    if prepared.spec.labels:
+        observer.stage("fitting a linear probe on the frozen base")
+    others: dict[str, Any] = dict(task.baselines(model, prepared.train, held, collate))
+    answers = tuple(task.answer(model, tokenizer, asked))
+    return dataclasses.replace(start, before=before, answers=answers, **others)
+
+
+def memory_or_half(
+    prepared: Prepared, handle: Handle, name: str, config: TrainConfig, several: bool
+) -> tuple[int, bool]:
+    """Measure a step on the longest micro-batch; where it does not fit, measure half of it and note that.
+
+    Returns:
+        Tensor bytes at the step's peak, and whether that is with half the micro-batch, which was not yet planned.
+
+    Raises:
+        TrainingError: half of it does not fit either, or is not to be tried.
+    """
+    size, planned = prepared.recipe.micro_batch, config.halve_micro_at == 1
+    if planned:
+        size = max(1, size // 2)
+    try:
+        return step_memory(prepared, handle, name, size, config.grad_checkpointing), False
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if size == 1 or planned or several:
+        raise TrainingError(out_of_memory(f"on the longest rows, {size:,} at a time"))
+    half = config.replaced(halve_micro_at=1)
+    memory, _ = memory_or_half(prepared, handle, name, half, several)
+    prepared.notes.append(
+        f"Memory does not hold {size:,} of the longest rows at a time: micro_batch is {size // 2:,} from the first "
+        "step on."
+    )
+    return memory, True
+
+
+def place_of(base: Base) -> str:
+    """Return the base's name; a folder's from the root, since a run folder is used from anywhere."""
+    folder = Path(base.name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else base.name

@@ -1,0 +1,226 @@
+"""One optimizer step over one or more micro-batches, in one or more processes.
+
+A step's loss is the mean over all its rows or supervised tokens, whatever the micro-batches and the processes: each
+token weighs the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters import Handle
+from lorakit.errors import TrainingError
+from lorakit.training import diagnosis
+from lorakit.training.data.batches import Collator
+from lorakit.training.data.encode import EncodedRow
+from lorakit.training.optimizers import load_state_tensors, optimizer_for, state_tensors
+from lorakit.training.plan import Plan
+from lorakit.training.processes import Processes
+from lorakit.training.randomness import Randomness
+from lorakit.training.tasks import Task
+
+ALONE = Processes()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One optimizer step: mean loss in nats, the gradient's norm before clipping, the first group's rate."""
+
+    loss: float
+    norm: float
+    rate: float
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    Attributes:
+        count: steps taken.
+        micro_batch: rows at a time; ``halved`` if that is half of the plan's, because memory ran out.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        name: str,
+        task: Task,
+        collate: Collator,
+        plan: Plan,
+        processes: Processes = ALONE,
+        told: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.plan, self.task, self.collate, self.processes, self.told = plan, task, collate, processes, told
+        self.method = handle.entry(name).method
+        self.updates = handle.updates(name)
+        self.named = handle.parameters(name)
+        self.parameters = list(self.named.values())
+        self.device = next(handle.model.parameters()).device
+        self.model: nn.Module = handle.model
+        if plan.compile:
+            self.model = torch.compile(handle.model)  # type: ignore[assignment]
+        self.optimizer = optimizer_for(handle, name, plan.optimizer, plan.lr, plan.weight_decay)
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.dtype == "fp16")
+        self.count = 0
+        self.micro_batch, self.halved = plan.micro_batch, False
+        self._numbers: tuple[int, ...] = ()
+        processes.same([parameter.data for parameter in self.parameters])
+
+    def step(self, rows: Sequence[EncodedRow]) -> Taken:
+        """Take one step on the mean loss over all units of ``rows``.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite, or memory ran out; the parameters are as before.
+        """
+        return self.settle(self.gradients(rows))
+
+    def gradients(self, rows: Sequence[EncodedRow]) -> float:
+        """Compute the gradients of the next step and return its mean loss; no parameter changes.
+
+        Where memory runs out, the micro-batches are halved, once in a run, and the step begins again from the same
+        random numbers.
+
+        Raises:
+            TrainingError: as for :meth:`step`.
+        """
+        self._numbers = tuple(row.number for row in rows)
+        if self.count + 1 == self.plan.halve_micro_at and not self.halved:
+            self._halve()
+            if self.count:
+                self.told(f"micro_batch is {self.micro_batch:,} from step {self.count + 1:,} on: memory ran out there.")
+        before = Randomness.now(self.device)
+        total, problem = self._tried(rows)
+        while self._anywhere(problem is not None):
+            self._back_off(rows, problem)
+            before.restore(self.device)
+            total, problem = self._tried(rows)
+        loss = float(self.processes.add(total))
+        self._stop_if(diagnosis.broken_loss(loss, self.count + 1, self._numbers, self.plan.setting))
+        return loss
+
+    def settle(self, loss: float) -> Taken:
+        """Take the step whose gradients have been computed.
+
+        Raises:
+            TrainingError: as for :meth:`step`.
+        """
+        step = self.count + 1
+        factor = self.plan.rates(self.count)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        self.processes.add_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        self.method.before_step(self.updates, step)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.plan.clip_norm))
+        # With fp16 an overflow is expected now and then: the scaler leaves that step out and scales less.
+        self._stop_if(diagnosis.broken_gradient(norm, step, self._numbers, self.plan.setting))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(self.updates, step)
+        self.count = step
+        return Taken(loss, norm, float(self.optimizer.param_groups[0]["lr"]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the optimizer and the method remember: copies on the CPU."""
+        own = self.method.training_state(self.updates)
+        found = {f"optimizer/{key}": tensor for key, tensor in state_tensors(self.optimizer, self.named).items()}
+        return found | {f"method/{key}": tensor.detach().to("cpu", copy=True) for key, tensor in own.items()}
+
+    def load(self, count: int, micro_batch: int, halved: bool, tensors: Mapping[str, Tensor], scaler: Any) -> None:
+        """Go on from ``count`` steps with what :meth:`tensors` returned and the scaler's numbers."""
+        self.count, self.micro_batch, self.halved = count, micro_batch, halved
+        load_state_tensors(self.optimizer, self.named, _under("optimizer/", tensors))
+        self.method.load_training_state(self.updates, _under("method/", tensors))
+        if scaler:
+            self.scaler.load_state_dict(dict(scaler))
+
+    def _tried(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, str | None]:
+        """Add up the gradients of this process's share; return its part of the loss, and the problem if memory ends."""
+        try:
+            return self._backward(rows), None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = str(error).splitlines()[0]  # the error itself holds the activations
+        self._forget()
+        return torch.zeros((), dtype=torch.float64, device=self.device), problem
+
+    def _backward(self, rows: Sequence[EncodedRow]) -> Tensor:
+        units = max(1, sum(self.task.units(row) for row in rows))
+        # With several processes none should be left without rows.
+        size = min(self.micro_batch, -(-len(rows) // self.processes.count))
+        parts = self.processes.share([rows[start : start + size] for start in range(0, len(rows), size)])
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, part in enumerate(parts):
+            batch = {key: value.to(self.device) for key, value in self.collate(part).items()}
+            loss = self.task.loss(self.model, batch) / units
+            if not loss.requires_grad:
+                raise TrainingError(diagnosis.unreached().text)
+            if self.processes.main and i == len(parts) - 1:
+                penalty = self.method.penalty(self.updates)
+                loss = loss if penalty is None else loss + penalty
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _anywhere(self, flag: bool) -> bool:
+        if not self.processes.several:
+            return flag
+        return bool(self.processes.add(torch.tensor([int(flag)], device=self.device)))
+
+    def _back_off(self, rows: Sequence[EncodedRow], problem: str | None) -> None:
+        """Halve the micro-batches, or raise where that has been done, or cannot be.
+
+        Raises:
+            TrainingError: there is nothing left to halve.
+        """
+        longest = max(self.task.size(row) for row in rows)
+        where = f"in step {self.count + 1:,} ({diagnosis.named(self._numbers)}, up to {longest:,} tokens)"
+        found = f" ({problem})" if problem else " in another process"
+        if self.halved or self.micro_batch == 1:
+            tried = "at a micro-batch of 1" if self.micro_batch == 1 else "again, with half the micro-batch"
+            raise TrainingError(out_of_memory(f"{where} {tried}{found}"))
+        self._forget()
+        before = self.micro_batch
+        self._halve()
+        self.told(
+            f"memory ran out {where}{found}: micro_batch {before:,} is now {self.micro_batch:,}, and the step is taken "
+            "again."
+        )
+
+    def _halve(self) -> None:
+        self.micro_batch, self.halved = max(1, self.micro_batch // 2), True
+
+    def _forget(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _stop_if(self, finding: diagnosis.Finding | None) -> None:
+        if finding is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(finding.text)
+
+
+def out_of_memory(where: str) -> str:
+    """Return what to tell where there is nothing left to halve."""
+    return (
+        f"memory ran out {where}. Give a smaller micro_batch or max_length, grad_checkpointing, dtype 'bf16', or a "
+        "machine with more memory."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory has run out, on a GPU or on a CPU."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,75 @@
+"""What tasks share whose model gives scores for labels: cross-entropy, and one pass over held-out rows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.errors import ModelError
+from lorakit.records import Evaluation
+from lorakit.text.generate import evaluating
+from lorakit.training.data.batches import Collator
+from lorakit.training.data.encode import EncodedRow
+from lorakit.training.scores import bounded_batches
+from lorakit.training.tasks.task import Task
+
+
+class Labelled(Task):
+    """A task whose loss is the cross-entropy of labels."""
+
+    @abstractmethod
+    def predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return logits ``[units, labels]`` and the true labels ``[units]``."""
+
+    @abstractmethod
+    def scored(self, loss: float, num_rows: int, truth: Tensor, predicted: Tensor) -> Evaluation:
+        """Turn the mean loss in nats and all true and predicted labels, ``[units]``, into scores."""
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Return the cross-entropy, see :class:`Task`."""
+        logits, truth = self.predictions(model, batch)
+        return F.cross_entropy(logits.float(), truth, reduction="sum")
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, rows: Sequence[EncodedRow], collate: Collator) -> Evaluation:
+        """Measure, see :class:`Task`."""
+        total = 0.0
+        truths, guesses = [], []
+        device = next(model.parameters()).device
+        with evaluating(model):
+            for numbers in bounded_batches(rows):
+                batch = {key: value.to(device) for key, value in collate([rows[i] for i in numbers]).items()}
+                logits, truth = self.predictions(model, batch)
+                total += float(F.cross_entropy(logits.float(), truth, reduction="sum"))
+                truths.append(truth.cpu())
+                guesses.append(logits.argmax(-1).cpu())
+        truth, predicted = torch.cat(truths), torch.cat(guesses)
+        return self.scored(total / max(len(truth), 1), len(rows), truth, predicted)
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Tensor], num_dims: int, wanted: str) -> Tensor:
+    """Run the model on everything but the labels, so that it computes no loss of its own, and return its logits.
+
+    Raises:
+        ModelError: there are none, or they have another number of dimensions than ``num_dims``.
+    """
+    logits = getattr(model(**{key: value for key, value in inputs.items() if key != "labels"}), "logits", None)
+    kind = type(unwrapped(model)).__name__
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"{kind} has no logits; this task needs {wanted}. Load the model with the task's head.")
+    if logits.dim() != num_dims:
+        raise ModelError(
+            f"{kind} gives logits of shape {list(logits.shape)}; this task needs {wanted}. "
+            "Load the model with the task's head, or give its name instead."
+        )
+    return logits
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside one that torch has compiled."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
