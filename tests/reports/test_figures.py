@@ -12,11 +12,16 @@ from lorakit.records import Evaluation, LayerSpectrum, RunSummary
 from lorakit.reports.figures import (
     before_after_bars,
     confusion_matrix,
+    confusion_words,
     loss_curve,
+    loss_words,
     overview_picture,
+    score_words,
     singular_values,
+    spectrum_words,
 )
-from lorakit.reports.theme import DARK, LIGHT
+from lorakit.reports.panels import draw_loss
+from lorakit.reports.theme import DARK, LIGHT, new_figure
 
 Run = tuple[RunSummary, list[dict[str, Any]]]
 
@@ -31,7 +36,7 @@ def pixels(png: bytes) -> Any:
 def is_drawn(png: bytes, min_width: int = 400, max_width: int = 1700) -> bool:
     picture = pixels(png)
     height, width = picture.shape[:2]
-    return min_width <= width <= max_width and 200 <= height <= 1700 and picture.std() > 0.02
+    return bool(min_width <= width <= max_width and 200 <= height <= 1700 and picture.std() > 0.02)
 
 
 def test_the_overview_is_a_wide_picture_of_1600_by_900(classification_run: Run) -> None:
@@ -58,6 +63,92 @@ def test_the_loss_curve_is_drawn(classification_run: Run) -> None:
 )
 def test_odd_metrics_still_give_a_picture(metrics: list[dict[str, Any]]) -> None:
     assert is_drawn(loss_curve(metrics))
+
+
+def drawn_loss(metrics: list[dict[str, Any]], best_step: int | None = None) -> Any:
+    """Return the axes of the losses as drawn."""
+    figure = new_figure(9.0, 4.6, LIGHT)
+    draw_loss(figure, metrics, LIGHT, best_step=best_step)
+    figure.canvas.draw()
+    return figure.axes[0]
+
+
+def points_of(axes: Any, label: str) -> list[tuple[float, float]]:
+    line = next(line for line in axes.lines if line.get_label().startswith(label))
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def test_every_evaluation_is_a_point_of_the_loss_figure(classification_run: Run) -> None:
+    metrics = classification_run[1]
+    expected = [(line["step"], line["loss"]) for line in metrics if line["kind"] == "eval"]
+    assert len(expected) == 10
+    assert points_of(drawn_loss(metrics), "held-out") == expected
+
+
+def test_the_best_evaluation_is_marked_where_it_lies(classification_run: Run) -> None:
+    metrics = classification_run[1]
+    loss = next(line["loss"] for line in metrics if line["kind"] == "eval" and line["step"] == 60)
+    assert points_of(drawn_loss(metrics, 60), "best, step 60") == [(60, loss)]
+
+
+def test_the_axis_of_the_loss_fits_the_losses() -> None:
+    metrics = [{"kind": "train", "step": step, "loss": 7.0 - 0.01 * step, "lr": 0.1} for step in range(1, 21)]
+    low, high = drawn_loss(metrics).get_ylim()
+    assert 6.7 < low < 6.8 < 6.99 < high < 7.1
+
+
+def test_the_legend_covers_no_line(classification_run: Run) -> None:
+    axes = drawn_loss(classification_run[1], 60)
+    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+
+
+def test_the_legend_keeps_clear_of_the_title_in_half_an_overview(classification_run: Run) -> None:
+    metrics = [{**line, "step": 1000 * line["step"]} for line in classification_run[1]]
+    figure = new_figure(7.5, 4.5, LIGHT)
+    draw_loss(figure, metrics, LIGHT, best_step=60_000)
+    figure.canvas.draw()
+    axes: Any = figure.axes[0]
+    title = next(text for text in axes.texts + axes.get_children() if getattr(text, "get_text", str)() == "Loss")
+    assert axes.get_legend().get_window_extent().x0 > title.get_window_extent().x1
+
+
+def test_the_words_for_the_losses_have_the_drawn_figures(classification_run: Run) -> None:
+    summary, metrics = classification_run
+    trained = [f"{line['loss']:.3f}" for line in metrics if line["kind"] == "train"]
+    words = loss_words(summary, metrics)
+    assert f"{trained[0]} at the first of 150 steps and {trained[-1]} at the last" in words
+    assert "10 evaluations (the best, at step 150, is marked)" in words
+
+
+def test_the_words_for_losses_name_no_line_that_is_missing(classification_run: Run) -> None:
+    words = loss_words(classification_run[0], [{"kind": "eval", "step": 1, "loss": 2.0}])
+    assert "held-out loss at 1 evaluation" in words
+    assert "training loss" not in words
+    assert "learning rate" not in words
+
+
+def test_the_words_for_scores_count_the_classes_that_rose(classification_run: Run) -> None:
+    summary = classification_run[0]
+    turned = replace(summary, before=summary.after, after=summary.before)
+    assert "8 classes. Of all classes F1 rose in 8 and fell in 0" in score_words(summary)
+    assert "rose in 0 and fell in 8" in score_words(turned)
+
+
+def test_the_words_for_tokens_have_the_figures_of_the_bars(generation_run: Run) -> None:
+    assert "loss (nats/token) 3.532 and 1.301; perplexity 34.2 and 3.67" in score_words(generation_run[0])
+
+
+def test_the_words_for_confusions_name_the_most_frequent_mistake(classification_run: Run) -> None:
+    found = replace(classification_run[0].after, confusion=((5, 1), (3, 4)))
+    words = confusion_words(replace(classification_run[0], labels=("cat", "dog"), after=found))
+    assert "2 classes: 9 of 13 held-out rows are on its diagonal" in words
+    assert "most often dog was taken for cat, in 3 rows" in words
+
+
+@pytest.mark.parametrize(("num_layers", "shown"), [(1, "a line a layer"), (6, "maps of")])
+def test_the_words_for_layers_name_what_is_drawn(num_layers: int, shown: str) -> None:
+    spectra = [LayerSpectrum(f"model.layers.{i}.mlp.up", (1.0, 0.5, 0.1), 20.0) for i in range(num_layers)]
+    assert shown in spectrum_words(spectra)
 
 
 @pytest.mark.parametrize("num_labels", [2, 8, 77])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from lorakit.errors import RunFolderError
+from lorakit.methods import find_method
 from lorakit.records import Choice, RunSummary, Sample
 from lorakit.reports import comparison
-from lorakit.reports.html import read_run, render_report, write_report
+from lorakit.reports.html import read_run, render_report, reproduction, write_report
+from lorakit.training.config import RunConfig, TrainConfig, write_config
 
 Run = tuple[RunSummary, list[dict[str, Any]]]
 WriteRun = Callable[[RunSummary, list[dict[str, Any]]], Path]
@@ -94,12 +97,15 @@ def test_texts_of_the_data_are_escaped_everywhere(classification_run: Run) -> No
         method={"name": evil, "rank": evil},
         samples=(Sample(evil, evil, evil, evil),),
         choices=(Choice(evil, evil, evil),),
-        notes=(evil,),
+        notes=(f"note {evil}",),
         spectra=(replace(summary.spectra[0], path=evil),),
         identity=evil,
         version=evil,
     )
-    html = render_report(hostile, classification_run[1], evil)
+    line = {"kind": "eval", "step": 1, "loss": 2.0, "samples": [vars(hostile.samples[0])]}
+    warning = {"kind": "warning", "step": 1, "loss": 2.0, "name": "evil", "text": evil}
+    settings = {"model": evil, "data": evil, "targets": evil}
+    html = render_report(hostile, [*classification_run[1], line, warning], evil, settings)
     page = Page(html)
     assert "<script" not in html
     assert "onerror" not in {name for name in re.findall(r"<[a-z]+[^>]*?\s([a-z]+)=", html)}
@@ -231,3 +237,211 @@ def test_a_broken_run_keeps_its_old_report(classification_run: Run, write_run: W
     with pytest.raises(RunFolderError):
         write_report(folder)
     assert report.read_bytes() == before
+
+
+def few_pictures(run: Run) -> Run:
+    """Return a run of which only losses and scores are drawn."""
+    summary, metrics = run
+    return replace(summary, spectra=(), after=replace(summary.after, classes=(), confusion=())), metrics
+
+
+def test_every_evaluation_is_in_the_table_and_one_is_the_best(classification_run: Run) -> None:
+    summary, metrics = few_pictures(classification_run)
+    text = Page(render_report(summary, metrics, "run")).text
+    table = text.partition("The evaluations as a table")[2].partition("Best:")[0]
+    assert [f"{line['loss']:.3f}" in table for line in metrics if line["kind"] == "eval"] == [True] * 10
+    assert re.findall(r"(\d+) \(best\)", table) == ["150"]
+
+
+@pytest.mark.parametrize(
+    ("task", "accuracies", "losses", "best"),
+    [
+        ("classification", (0.5, 0.75, 0.75), (0.1, 0.3, 0.2), 3),
+        ("classification", (0.5, 0.75, 0.75), (0.1, 0.2, 0.2), 2),
+        ("generation", (0.5, 0.75, 0.75), (0.1, 0.3, 0.2), 1),
+        ("generation", (0.1, 0.2, 0.3), (float("nan"), 0.3, 0.3), 2),
+    ],
+)
+def test_the_best_evaluation_is_the_one_that_training_keeps(
+    classification_run: Run, task: str, accuracies: tuple[float, ...], losses: tuple[float, ...], best: int
+) -> None:
+    metrics = [
+        {"kind": "eval", "step": step, "loss": loss, "accuracy": accuracy}
+        for step, (accuracy, loss) in enumerate(zip(accuracies, losses, strict=True), start=1)
+    ]
+    assert comparison.best_step(replace(classification_run[0], task=task), metrics) == best
+
+
+def test_sample_answers_are_shown_step_by_step(generation_run: Run) -> None:
+    lines = [
+        {"kind": "eval", "step": step, "loss": 2.0, "samples": [
+            {"input": "name[Aromi]", "expected": "Aromi is", "before": "Once upon", "after": f"answer {step}"}
+        ]}
+        for step in (8, 16)
+    ]  # fmt: skip
+    page = Page(render_report(few_pictures(generation_run)[0], lines, "run"))
+    assert "before Once upon step 8 answer 8 step 16 answer 16" in page.text
+    assert "details" in page.tags
+
+
+def test_a_warning_has_its_step_and_is_no_note_as_well(classification_run: Run) -> None:
+    summary, metrics = few_pictures(classification_run)
+    warning = {"kind": "warning", "step": 22, "epoch": 0.4, "loss": 9.0, "name": "rate", "text": "The loss has risen."}
+    warned = replace(summary, notes=(*summary.notes, "The loss has risen."))
+    page = Page(render_report(warned, [*metrics, warning], "run"))
+    assert "step 22 : The loss has risen." in page.text
+    assert page.text.count("The loss has risen.") == 1
+    assert summary.notes[0] in page.text
+
+
+def test_a_run_without_warnings_has_no_card_for_them(classification_run: Run) -> None:
+    assert "warnings" not in Page(render_report(*few_pictures(classification_run), "run")).ids
+
+
+def test_the_time_per_step_is_the_median_of_the_measured_ones(classification_run: Run) -> None:
+    metrics = [
+        {"kind": "train", "step": step, "loss": 1.0, "seconds": seconds}
+        for step, seconds in enumerate((0.5, 0.7, 1.0), start=1)
+    ]
+    text = Page(render_report(few_pictures(classification_run)[0], metrics, "run")).text
+    assert "time per step 0.300 s median of 3 steps; the slowest took 0.500 s" in text
+
+
+def test_only_an_unfinished_run_is_gone_on_with(classification_run: Run) -> None:
+    summary, metrics = few_pictures(classification_run)
+    assert "lorakit resume" not in render_report(summary, metrics, "run")
+    assert "lorakit resume 'my run'" in Page(render_report(replace(summary, finished=False), metrics, "my run")).text
+
+
+def settings_of(command: str) -> RunConfig:
+    """Return what the command line makes of a command."""
+    from typer.main import get_command
+
+    from lorakit.cli.main import app
+    from lorakit.cli.train import flags, read_settings
+
+    program, name, *words = shlex.split(command)
+    assert (program, name) == ("lorakit", "train")
+    train = get_command(app).commands[name]  # type: ignore[attr-defined]
+    given = train.make_context(name, words).params
+    model, data, settings = read_settings(given["config"], flags(given))
+    return RunConfig(**settings.model_dump(), model=model, data=data)
+
+
+def compared(config: RunConfig) -> dict[str, Any]:
+    """Return what must be the same, the method with its shorthands applied."""
+    apart = {"method", "rank", "alpha", "output", "force"}
+    return config.model_dump(exclude=apart) | {"method": config.resolved_method().summary()}
+
+
+CHANGES: dict[str, Any] = {
+    "task": "classification",
+    "method": find_method("dora").summary(),
+    "targets": "re:.*(q|v)_proj$",
+    "exclude": "lm_head,it's",
+    "layers": "last:4",
+    "train_modules": ["score", "norm layer"],
+    "columns": {"prompt": "my question", "completion": "a"},
+    "epochs": 1.5,
+    "max_steps": 24,
+    "lr": 1e-05,
+    "optimizer": "sgd",
+    "schedule": "cosine",
+    "warmup": 10.0,
+    "batch_size": 4,
+    "micro_batch": 2,
+    "halve_micro_at": 3,
+    "weight_decay": 0.01,
+    "clip_norm": 0.3,
+    "eval_every": 8,
+    "save_every": 5,
+    "keep": 2,
+    "patience": 3,
+    "grad_checkpointing": True,
+    "compile": True,
+    "validation": "/data/held out.jsonl",
+    "max_length": 64,
+    "dtype": "bf16",
+    "device": "cuda:1",
+    "seed": 7,
+    "revision": "-v1",
+    "trust_remote_code": True,
+}
+OTHERS: list[tuple[str, Any]] = [
+    ("method", find_method({"name": "lora", "rank": 4, "alpha": 2.5}).summary()),
+    ("method", find_method({"name": "lora", "dropout": 0.1}).summary()),
+    ("targets", ["q_proj", "v_proj"]),
+    ("train_modules", ["a,b"]),
+    ("train_modules", "score"),
+    ("columns", {"prompt": "a,b"}),
+    ("columns", {"prompt": "a=b", "completion": ""}),
+    ("columns", {"prompt": " a "}),
+    ("columns", {}),
+    ("validation", 0.25),
+    ("layers", [0, 3]),
+    ("model", "-odd model"),
+    ("data", "it's; rm -rf $HOME.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [*CHANGES.items(), *OTHERS], ids=str)
+def test_the_command_gives_back_each_setting(tmp_path: Path, name: str, value: Any) -> None:
+    settings = {"model": "org/model", "data": "rows.jsonl", name: value}
+    (tmp_path / "config.yaml").write_text(write_config(settings))
+    command, _ = reproduction(settings, str(tmp_path))
+    assert command is not None
+    assert compared(settings_of(command)) == compared(RunConfig(**settings))
+
+
+def test_the_command_gives_back_all_settings_at_once_by_flags() -> None:
+    settings = {**CHANGES, "model": "org/model", "data": "rows.jsonl", "halve_micro_at": None}
+    command, _ = reproduction(settings, "run")
+    assert command is not None
+    assert "--config" not in command
+    assert compared(settings_of(command)) == compared(RunConfig(**settings))
+
+
+def test_every_setting_is_tried_in_a_command() -> None:
+    assert set(TrainConfig.model_fields) - set(CHANGES) == {"rank", "alpha", "output", "force"}
+
+
+def test_a_command_names_only_what_differs_from_the_defaults() -> None:
+    settings = {"model": "m", "data": "d.jsonl", "method": find_method("lora").summary(), "lr": 0.001, "seed": 0}
+    assert reproduction(settings, "run")[0] == "lorakit train m d.jsonl --lr 0.001"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (None, "has no config.yaml"),
+        ({"model": None, "data": "d.jsonl"}, "Python objects"),
+        ({"model": "m", "data": "d.jsonl", "gone": 1}, "does not fit this version"),
+    ],
+)
+def test_a_run_without_a_command_says_why(
+    classification_run: Run, settings: dict[str, Any] | None, reason: str
+) -> None:
+    page = Page(render_report(*few_pictures(classification_run), "run", settings))
+    assert reason in page.text
+    assert "lorakit train" not in page.text
+
+
+def test_the_page_of_a_run_folder_has_its_command(classification_run: Run, write_run: WriteRun) -> None:
+    folder = write_run(*few_pictures(classification_run))
+    (folder / "config.yaml").write_text("model: my model\ndata: rows.jsonl\nlr: 0.002\n")
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert "lorakit train 'my model' rows.jsonl --lr 0.002" in text
+
+
+def test_the_page_says_what_was_trained_on_what(classification_run: Run) -> None:
+    settings = {"model": "m", "data": "intents.jsonl"}
+    text = Page(render_report(*few_pictures(classification_run), "run", settings)).text
+    assert "LoRA on sentence-transformers/all-MiniLM-L6-v2" in text
+    assert "Trained on 480 rows of intents.jsonl" in text
+
+
+def test_broken_settings_are_an_error_that_names_the_file(classification_run: Run, write_run: WriteRun) -> None:
+    folder = write_run(*few_pictures(classification_run))
+    (folder / "config.yaml").write_text("{")
+    with pytest.raises(RunFolderError, match=r"config\.yaml' is not YAML"):
+        write_report(folder)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lorakit.records import Evaluation, Proof, RunSummary
+from lorakit.records import Evaluation, Proof, RunSummary, Sample, from_json
 from lorakit.reports import wording
 
 
@@ -30,6 +34,31 @@ class Row:
     name: str
     texts: tuple[str, ...]
     best: int | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation on the way.
+
+    Attributes:
+        step: optimizer steps before it; ``epoch`` passes over the rows, where that was written down.
+        found: what was measured.
+        samples: held-out rows as they were answered then.
+    """
+
+    step: int
+    epoch: float | None
+    found: Evaluation
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One held-out row, and its answers in the order of the run as (when, answer)."""
+
+    input: str
+    expected: str
+    given: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +140,75 @@ def _row(name: str, values: list[float | None] | list[float], texts: tuple[str, 
         if value is not None and not math.isnan(value)
     ]
     return Row(name, texts, max(known)[1] if len(known) > 1 else None)
+
+
+def evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[Measured]:
+    """List the evaluations among the lines of ``metrics.jsonl``, in their order."""
+    return [
+        Measured(
+            line["step"],
+            line.get("epoch"),
+            from_json(Evaluation, {"num_rows": 0, **line}),
+            tuple(from_json(Sample, sample) for sample in line.get("samples", ())),
+        )
+        for line in metrics
+        if line["kind"] == "eval" and line["loss"] is not None
+    ]
+
+
+def best_step(summary: RunSummary, metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the step of the best evaluation, the first of equals.
+
+    Classifiers are compared by accuracy and then by loss, others by loss, as the training does that keeps the best.
+    """
+
+    def goodness(found: Evaluation) -> tuple[float, ...]:
+        return (found.accuracy or 0.0, -found.loss) if is_classification(summary) else (-found.loss,)
+
+    finite = [measured for measured in evaluations(metrics) if math.isfinite(measured.found.loss)]
+    return max(finite, key=lambda measured: goodness(measured.found)).step if finite else None
+
+
+def evaluation_names(summary: RunSummary) -> list[str]:
+    """Name the measures of ``evaluation_texts``."""
+    return [row.name for row in measures(summary)]
+
+
+def evaluation_texts(summary: RunSummary, found: Evaluation) -> list[str]:
+    """Write one evaluation, a text for each of ``evaluation_names(summary)``."""
+    if is_classification(summary):
+        return [wording.percent(found.accuracy), wording.decimal(found.macro_f1), wording.decimal(found.loss)]
+    return [
+        wording.decimal(found.loss),
+        wording.significant(perplexity(found)),
+        wording.percent(found.accuracy),
+    ]
+
+
+def answers_on_the_way(metrics: Sequence[Mapping[str, Any]]) -> list[Answers]:
+    """List the held-out rows that were answered at evaluations, each with what was answered before and when."""
+    given: dict[tuple[int, str, str], list[tuple[str, str]]] = {}
+    for measured in evaluations(metrics):
+        for number, sample in enumerate(measured.samples):
+            row = given.setdefault((number, sample.input, sample.expected), [("before", sample.before)])
+            row.append((f"step {wording.count(measured.step)}", sample.after))
+    return [Answers(input_, expected, tuple(row)) for (_, input_, expected), row in given.items()]
+
+
+def warnings(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """List what the training warned of as (step, text)."""
+    return [(line["step"], str(line["text"])) for line in metrics if line["kind"] == "warning" and "text" in line]
+
+
+def step_time(metrics: Sequence[Mapping[str, Any]]) -> Fact | None:
+    """Return the measured time of an optimizer step, from the time that had passed at each; None without any."""
+    passed = [0.0, *(line["seconds"] for line in metrics if line["kind"] == "train" and "seconds" in line)]
+    taken = [after - before for before, after in itertools.pairwise(passed)]
+    if not taken:
+        return None
+    number = wording.plural(len(taken), "step")
+    slowest = f"median of {number}; the slowest took {wording.significant(max(taken))} s"
+    return Fact("time per step", f"{wording.significant(statistics.median(taken))} s", slowest)
 
 
 def perplexity(evaluation: Evaluation) -> float | None:

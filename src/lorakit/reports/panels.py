@@ -31,8 +31,18 @@ Metrics = Sequence[Mapping[str, Any]]
 _CELLS_WITH_NUMBERS = 20
 
 
-def draw_loss(figure: FigureBase, metrics: Metrics, theme: Theme, unit: str = "nats") -> None:
-    """Draw training loss (raw and smoothed), validation loss, and the learning rate below."""
+def draw_loss(
+    figure: FigureBase, metrics: Metrics, theme: Theme, unit: str = "nats", best_step: int | None = None
+) -> None:
+    """Draw training loss (raw and smoothed), every held-out loss, and the learning rate below.
+
+    Args:
+        figure: what to draw on.
+        metrics: the lines of ``metrics.jsonl``.
+        theme: the colours.
+        unit: unit of the loss, for the axis.
+        best_step: the evaluation to mark as the best; None marks none.
+    """
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     steps, losses = _series(metrics, "train", "loss")
     eval_steps, eval_losses = _series(metrics, "eval", "loss")
@@ -53,12 +63,13 @@ def draw_loss(figure: FigureBase, metrics: Metrics, theme: Theme, unit: str = "n
             markeredgecolor=theme.background,
             label="held-out",
         )
+    if best_step in eval_steps:
+        _mark_best(top, best_step, eval_losses[eval_steps.index(best_step)], theme)
     if steps or eval_steps:
-        top.legend(frameon=False, fontsize=TICK_SIZE + 0.5, labelcolor=theme.text, loc="upper right")
-        top.set_ylim(bottom=0.0)
+        _legend_above(top, theme)
     else:
         say_nothing_here(top, theme, "no steps recorded")
-    set_title(top, theme, "Training and held-out loss")
+    set_title(top, theme, "Loss")
     set_axis_labels(top, theme, y=f"loss ({unit})")
     bottom.plot(*_series(metrics, "train", "lr"), color=theme.muted, linewidth=1.6)
     bottom.set_ylim(bottom=0.0)
@@ -67,6 +78,34 @@ def draw_loss(figure: FigureBase, metrics: Metrics, theme: Theme, unit: str = "n
     bottom.locator_params(axis="y", nbins=2)
     set_axis_labels(bottom, theme, x="optimizer step", y="learning\nrate")
     figure.align_ylabels([top, bottom])
+
+
+def _mark_best(axes: Axes, step: int, loss: float, theme: Theme) -> None:
+    axes.plot(
+        [step],
+        [loss],
+        linestyle="none",
+        marker="o",
+        markersize=12.0,
+        markerfacecolor="none",
+        markeredgecolor=theme.text,
+        markeredgewidth=1.6,
+        label=f"best, step {wording.count(step)}",
+    )
+
+
+def _legend_above(axes: Axes, theme: Theme) -> None:
+    """Write the legend beside the title, where no line runs."""
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        borderaxespad=0.2,
+        ncols=3,
+        columnspacing=1.2,
+        frameon=False,
+        fontsize=TICK_SIZE + 0.5,
+        labelcolor=theme.text,
+    )
 
 
 def _series(metrics: Metrics, kind: str, name: str) -> tuple[list[float], list[float]]:
@@ -174,15 +213,7 @@ def _draw_class_scores(figure: FigureBase, summary: RunSummary, theme: Theme) ->
     axes.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
     axes.spines["bottom"].set_visible(False)
     set_axis_labels(axes, theme, x="F1 (harmonic mean of precision and recall)")
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        borderaxespad=0.2,
-        ncols=2,
-        frameon=False,
-        fontsize=TICK_SIZE + 0.5,
-        labelcolor=theme.text,
-    )
+    _legend_above(axes, theme)
 
 
 def _draw_token_scores(figure: FigureBase, summary: RunSummary, theme: Theme) -> None:

@@ -51,9 +51,9 @@ def count(number: int | float) -> str:
     return f"{number:,.0f}"
 
 
-def plural(number: int, noun: str) -> str:
-    """Write a count with its noun: ``1 row``, ``2,500 rows``."""
-    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+def plural(number: int, noun: str, ending: str = "s") -> str:
+    """Write a count with its noun: ``1 row``, ``2,500 rows``; with the ending 'es' ``3 classes``."""
+    return f"{count(number)} {noun}{'' if number == 1 else ending}"
 
 
 def size(num_bytes: int) -> str:
