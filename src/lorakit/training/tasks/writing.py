@@ -73,7 +73,9 @@ class Writing(Labelled):
         """Choose the first few rows with different prompts that leave room for an answer."""
         tried = [self.question(tokenizer, row) for row in rows[: 16 * NUM_WRITTEN]]
         distinct = list({row.prompt: row for row in reversed(tried)}.values())[::-1]
-        return tuple([row for row in distinct if row.prompt.strip() and self._fits(tokenizer, row.prompt)][:NUM_WRITTEN])
+        return tuple(
+            [row for row in distinct if row.prompt.strip() and self._fits(tokenizer, row.prompt)][:NUM_WRITTEN]
+        )
 
     def answer(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]
