@@ -15,7 +15,8 @@ from lorakit.errors import RunFolderError
 from lorakit.methods import find_method
 from lorakit.records import Choice, RunSummary, Sample
 from lorakit.reports import comparison
-from lorakit.reports.html import read_run, render_report, reproduction, write_report
+from lorakit.reports.html import read_run, render_report, write_report
+from lorakit.reports.reproduction import reproduction
 from lorakit.training.config import RunConfig, TrainConfig, write_config
 
 Run = tuple[RunSummary, list[dict[str, Any]]]

@@ -125,7 +125,7 @@ def plan_biases(
     refused: list[str] = []
     for path, module in Places.of(model, skip).modules.items():
         own_names = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]
-        found = sites_of(model, path, module)
+        found = sites_of(path, module)
         if found:
             for site in found.values():
                 taken = rows.get((path, site.ops.parameter), 0)

@@ -102,11 +102,16 @@ class Branches(nn.Module):
         """Return the one module copy that stands in for the host on all rows, or None."""
         if self.active.merged or self.active.routing is not None:
             return None
-        acting = [name for name in self._modules if self.active.strength(name) != 0.0]
-        if len(acting) != 1 or self.active.strength(acting[0]) != 1.0:
+        acting = self._acting()
+        if list(acting.values()) != [1.0]:
             return None
-        branch = self._modules[acting[0]]
+        branch = self._modules[next(iter(acting))]
         return branch if isinstance(branch, ModuleCopy) else None
+
+    def _acting(self) -> dict[str, float]:
+        """Return the strength of every adapter here that acts on all rows."""
+        strengths = {name: self.active.strength(name) for name in self._modules}
+        return {name: strength for name, strength in strengths.items() if strength != 0.0}
 
     def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the host computes with the adapters that act; ``forward`` is its own."""
@@ -116,17 +121,14 @@ class Branches(nn.Module):
         if isinstance(self.ops, WeightOps):
             if routing is not None:
                 return self._routed_by_weight(self.ops, routing, host, forward, args, kwargs)
-            strengths = {n: self.active.strength(n) for n in self._modules if self.active.strength(n) != 0.0}
-            tensors = self._tensors(host, strengths)
+            tensors = self._tensors(host, self._acting())
             return self.ops.run(host, forward, tensors, args, kwargs) if tensors else forward(*args, **kwargs)
         base_out = forward(*args, **kwargs)
         if routing is not None:
             return self._routed(routing, host, base_out, args, kwargs)
         out = base_out
-        for name in self._modules:
-            weight = self.active.strength(name)
-            if weight != 0.0:
-                out = self._add(name, host, base_out, out, args, kwargs, weight)
+        for name, weight in self._acting().items():
+            out = self._add(name, host, base_out, out, args, kwargs, weight)
         return out
 
     def _add(

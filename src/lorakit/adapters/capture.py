@@ -117,7 +117,7 @@ def places(model: nn.Module, state: AdapterState) -> tuple[list[Site], dict[str,
         ShapeError: a layer is of another kind or size, or a fused projection is split otherwise.
     """
     modules = base_modules(model)
-    known = {path: site for name, module in modules.items() for path, site in sites_of(model, name, module).items()}
+    known = {path: site for name, module in modules.items() for path, site in sites_of(name, module).items()}
     found: dict[str, Site] = {}
     missing: list[str] = []
     for path in (*state.sites, *state.biases):

@@ -167,8 +167,7 @@ def compare(saved: Identity, model: nn.Module) -> Mismatch | None:
     expected, actual = _decoded(saved.sketch), _decoded(found.sketch)
     if expected.shape != actual.shape:
         raise FormatError(f"the base's identity holds {expected.numel()} samples; {actual.numel()} belong in it.")
-    exact = saved.dtype == found.dtype or {saved.dtype, found.dtype} <= _ROUNDED_ONCE
-    differs = expected != actual if exact else ~_within_one_step(expected, actual)
+    differs = ~_agree(expected, actual, saved.dtype, found.dtype)
     if not bool(differs.any()):
         return None
     first = _owner_of_sample(model, saved.excluded, int(differs.nonzero()[0]))
@@ -177,6 +176,19 @@ def compare(saved: Identity, model: nn.Module) -> Mismatch | None:
         f"same architecture, other weights: {int(differs.sum())} of {differs.numel()} sampled values differ, "
         f"first in '{first}'",
     )
+
+
+def has_sample_of(saved: Identity, tensor: Tensor) -> bool:
+    """Tell whether the values that are sampled of ``tensor`` stand side by side among those of a base.
+
+    They are compared as :func:`compare` does. Of a tensor with fewer numbers than are sampled nothing can be told
+    (True).
+    """
+    expected, own = _decoded(saved.sketch), _samples([tensor]).view(torch.int16)
+    if len(own) < SAMPLES_PER_TENSOR or len(expected) < len(own):
+        return True
+    windows = expected.unfold(0, len(own), 1)
+    return bool(_agree(windows, own.expand_as(windows), saved.dtype, _dtype_word(tensor.dtype)).all(dim=1).any())
 
 
 def digest(model: nn.Module, exclude: Iterable[str] = ()) -> str:
@@ -276,6 +288,12 @@ def _decoded(sketch: str) -> Tensor:
     """Return a sketch's values as the bits of bf16, ``int16``."""
     raw = bytearray(base64.b64decode(sketch))
     return torch.frombuffer(raw, dtype=torch.int16) if raw else torch.empty(0, dtype=torch.int16)
+
+
+def _agree(a: Tensor, b: Tensor, dtype_of_a: str, dtype_of_b: str) -> Tensor:
+    """Compare bf16 bits of values that were stored in these dtypes before: equal, or one step where rounded twice."""
+    exact = dtype_of_a == dtype_of_b or {dtype_of_a, dtype_of_b} <= _ROUNDED_ONCE
+    return a == b if exact else _within_one_step(a, b)
 
 
 def _within_one_step(a: Tensor, b: Tensor) -> Tensor:

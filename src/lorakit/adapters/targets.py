@@ -27,7 +27,7 @@ from lorakit.adapters.blocks import Layers, layer_filter
 from lorakit.adapters.words import WORDS, sites_of_word
 from lorakit.errors import InputError, TargetError, UnsupportedLayerError, bullet_list, did_you_mean, quoted
 from lorakit.layers import BranchOps, Site, ops_for, sites_of
-from lorakit.layers.ops import host_class
+from lorakit.layers.ops import host_class, is_matrix
 from lorakit.layers.site import PART, part_site
 
 
@@ -120,7 +120,7 @@ class Places:
     def of(cls, model: nn.Module, skip: Sequence[str] = ()) -> Places:
         """Find them in ``model``, leaving out what lies at or below ``skip``."""
         modules = {path: module for path, module in base_modules(model).items() if not is_below(path, skip)}
-        sites = {p: site for path, module in modules.items() for p, site in sites_of(model, path, module).items()}
+        sites = {p: site for path, module in modules.items() for p, site in sites_of(path, module).items()}
         return cls(modules, sites)
 
     def at(self, path: str) -> dict[str, Site]:
@@ -141,14 +141,17 @@ def _refuse_overlaps(sites: Sequence[Site]) -> None:
         TargetError: naming them.
     """
     problems = []
-    rows: dict[tuple[str, str], dict[int, str]] = {}
+    together: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
-        taken = rows.setdefault((site.host, site.ops.parameter), {})
-        own = range(site.d_out) if site.runs is None else [i for run in site.runs for i in range(*run)]
-        clash = next((taken[i] for i in own if i in taken), None)
-        if clash is not None:
-            problems.append(f"'{clash}' and '{site.path}' are rows of one matrix and overlap: name one of them")
-        taken.update(dict.fromkeys(own, site.path))
+        together.setdefault((site.host, site.ops.parameter), []).append(site)
+    for several in together.values():
+        taken: dict[int, str] = {}
+        for site in several if len(several) > 1 else ():
+            own = range(site.d_out) if site.runs is None else [i for run in site.runs for i in range(*run)]
+            clash = next((taken[i] for i in own if i in taken), None)
+            if clash is not None:
+                problems.append(f"'{clash}' and '{site.path}' are rows of one matrix and overlap: name one of them")
+            taken.update(dict.fromkeys(own, site.path))
     if problems:
         raise TargetError(bullet_list(problems))
 
@@ -262,7 +265,7 @@ def _parameters_at(everything: Places, entry: str) -> list[str]:
     found = []
     for holder in holders:
         parameter = everything.modules[holder]._parameters.get(name)
-        if parameter is None or parameter.dim() not in (2, 3):
+        if not is_matrix(parameter):
             continue
         sites = everything.at(holder).values()
         if not sites or (path and any(site.ops.parameter == name for site in sites)):

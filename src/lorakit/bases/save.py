@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorakit.adapters.identity import ADAPTER_SEGMENT
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.errors import RunFolderError, TrainingError
-from lorakit.files import is_disk_full, umask
+from lorakit.files import is_disk_full, take_name, umask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def save_model(
     try:
         _write(model, tokenizer, part)
         part.chmod(0o777 & ~umask())
-        _take_name(part, target)
+        take_name(part, target)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if is_disk_full(error):
@@ -89,19 +89,3 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
             file.chmod(0o666 & ~umask())  # safetensors writes for the owner alone
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-
-
-def _take_name(part: Path, target: Path) -> None:
-    """Rename ``part`` to ``target``; an old folder there is put back if that fails, removed if not."""
-    if not target.exists():
-        part.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old / target.name)
-    try:
-        part.rename(target)
-    except BaseException:
-        (old / target.name).rename(target)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)

@@ -5,27 +5,21 @@ Tensors are memory-mapped: what is not looked at is not read, and what was looke
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from lorakit.adapters import AdapterState, SiteState
-from lorakit.adapters.identity import SAMPLES_PER_TENSOR, Identity
+from lorakit.adapters.identity import Identity, has_sample_of
 from lorakit.bases.header import TensorInfo, read_header
 from lorakit.bases.outline import describe_model
 from lorakit.errors import BaseMismatchError, quoted
 
 _KERNELS = {"conv1d": 3, "conv2d": 4, "conv3d": 5}
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Samples are rounded to bf16: in one step from fp32 and bf16, which is exact; through fp16 they may differ by one step
-# of bf16, or be lost below half of fp16's smallest number.
-_BF16_STEP, _FP16_UNDERFLOW = 2.0**-7, 2.0**-25
 
 
 @dataclass(frozen=True)
@@ -114,22 +108,8 @@ def _file(folder: Path, tensor: TensorInfo) -> Path:
 
 
 def _check(weights: FileWeights, identity: Identity, base_name: str | None, folder: Path) -> None:
-    """Look for each weight's samples, taken as ``identify`` takes them, among those that the adapter keeps."""
-    sketch = torch.frombuffer(bytearray(base64.b64decode(identity.sketch)), dtype=torch.bfloat16).double()
-    strangers = []
-    for path in weights.files:
-        weight = weights.native(path)
-        last = weight.numel() - 1
-        if last + 1 < SAMPLES_PER_TENSOR or sketch.numel() < SAMPLES_PER_TENSOR:
-            continue
-        places = torch.tensor([i * last // (SAMPLES_PER_TENSOR - 1) for i in range(SAMPLES_PER_TENSOR)])
-        samples = torch.take(weight, places).to(torch.bfloat16).double()
-        dtypes = {identity.dtype, _WORDS.get(weight.dtype)}
-        exact = len(dtypes) == 1 or dtypes <= {"fp32", "bf16"}
-        allowed = torch.zeros_like(samples) if exact else _BF16_STEP * samples.abs() + _FP16_UNDERFLOW
-        distance = (sketch.unfold(0, SAMPLES_PER_TENSOR, 1) - samples).abs()
-        if not bool((distance <= allowed).all(dim=1).any()):
-            strangers.append(path)
+    """Look for each weight's samples among those that the adapter keeps of its base."""
+    strangers = [path for path in weights.files if not has_sample_of(identity, weights.native(path))]
     if strangers:
         named = f"'{base_name}' " if base_name else ""
         raise BaseMismatchError(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.errors import RunFolderError, TrainingError
-from lorakit.files import is_disk_full, umask
+from lorakit.files import is_disk_full, take_name, umask
 
 
 def check_replaceable(folder: Path, marker: str) -> None:
@@ -54,7 +54,7 @@ def replacing(folder: Path, marker: str) -> Iterator[Path]:
     try:
         yield fresh
         fresh.chmod(0o777 & ~umask())
-        _take_name(fresh, folder)
+        take_name(fresh, folder)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
         for parent in made:
@@ -65,21 +65,3 @@ def replacing(folder: Path, marker: str) -> Iterator[Path]:
                 f"the disk is full: '{folder}' could not be written. Nothing there was changed. Free some space."
             ) from error
         raise
-
-
-def _take_name(fresh: Path, folder: Path) -> None:
-    """Rename ``fresh`` to ``folder``; what is there is put back if that fails, removed if not."""
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-    old = aside / folder.name
-    try:
-        folder.rename(old)
-        fresh.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)

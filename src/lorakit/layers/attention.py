@@ -57,19 +57,6 @@ class AttentionOps(WeightOps):
         return {name: ((i * size, (i + 1) * size),) for i, name in enumerate("qkv")}
 
     @override
-    def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
-        d_out, d_in = weight_shape
-        return d_out, d_in
-
-    @override
-    def as_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        return weight
-
-    @override
-    def as_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
-        return matrix
-
-    @override
     def positions(self, layer: nn.Module, x: Any) -> tuple[int, ...]:
         if x.is_nested:
             raise RoutingError("a nested tensor meets an attention: rows cannot be routed. Pass a padded one.")

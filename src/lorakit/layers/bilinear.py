@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
-
-from torch import Tensor, nn
-from typing_extensions import override
 
 from lorakit.layers.ops import WeightOps
 
@@ -16,15 +12,3 @@ class BilinearOps(WeightOps):
 
     kind = "bilinear"
     hosts: ClassVar[tuple[str, ...]] = ("torch.nn.modules.linear.Bilinear",)
-
-    @override
-    def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
-        return weight_shape[0], math.prod(weight_shape[1:])
-
-    @override
-    def as_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    @override
-    def as_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.weight(layer).shape)

@@ -13,7 +13,6 @@ grouped convolutions hold another update, which has no merged weight.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -35,18 +34,6 @@ class ConvolutionOps(BranchOps):
         """Refuse a subclass that inherits torch's forward and convolves otherwise below it."""
         own = getattr(host_class(layer), "_conv_forward", None)
         return None if own is None or own.__module__ == nn.modules.conv.__name__ else "its _conv_forward is its own"
-
-    @override
-    def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
-        return weight_shape[0], math.prod(weight_shape[1:])
-
-    @override
-    def as_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    @override
-    def as_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.weight(layer).shape)
 
     @override
     def down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ class StackOps(WeightOps):
     """A parameter that is a matrix or a stack of them, stored ``[..., d_out, d_in]`` or transposed."""
 
     @override
+    def stack(self, layer: nn.Module) -> tuple[int, ...]:
+        return tuple(self.weight(layer).shape[:-2])
+
+    @override
     def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
         rows, columns = weight_shape[-2:]
         return (columns, rows) if _is_transposed(layer) else (rows, columns)

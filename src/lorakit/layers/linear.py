@@ -20,19 +20,6 @@ class LinearOps(BranchOps):
     matrix_input = True
 
     @override
-    def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
-        d_out, d_in = weight_shape
-        return d_out, d_in
-
-    @override
-    def as_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        return weight
-
-    @override
-    def as_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
-        return matrix
-
-    @override
     def down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor) -> Tensor:
         return F.linear(x, A)
 

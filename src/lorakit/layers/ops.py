@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ Forward = Callable[..., Any]
 class LayerOps(ABC):
     """The stateless operations of one weight of one kind of layer.
 
+    The matrix is the weight itself, all but its first dimension flattened, where a kind does not say otherwise.
     Matrices carry the leading dimension ``[E]`` where the weight is a stack of ``E`` matrices (experts).
 
     Attributes:
@@ -91,19 +93,19 @@ class LayerOps(ABC):
 
     def stack(self, layer: nn.Module) -> tuple[int, ...]:
         """Return ``(E,)`` where the weight is a stack of ``E`` matrices, else ``()``."""
-        return tuple(self.as_matrix(layer, self.weight(layer).detach()).shape[:-2])
+        return ()
 
-    @abstractmethod
     def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
         """Return ``(d_out, d_in)`` of a weight with this native shape."""
+        return weight_shape[0], math.prod(weight_shape[1:])
 
-    @abstractmethod
     def as_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
         """Turn a weight (or its gradient) from native shape into ``[d_out, d_in]``; no copy where it can."""
+        return weight.flatten(1)
 
-    @abstractmethod
     def as_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         """Turn ``[d_out, d_in]`` into the native shape; inverse of :meth:`as_matrix`."""
+        return matrix.reshape(self.weight(layer).shape)
 
     def as_bias(self, layer: nn.Module, values: Tensor) -> Tensor:
         """Turn ``[d_out]`` into the shape of the bias."""
@@ -296,7 +298,7 @@ def ops_for(path: str, layer: nn.Module) -> LayerOps:
             None,
         )
         why = f", a {relative.__name__} with a forward of its own" if relative is not None else ""
-        matrices = [f"{path}.{name}" for name, p in layer._parameters.items() if p is not None and p.dim() in (2, 3)]
+        matrices = [f"{path}.{name}" for name, p in layer._parameters.items() if is_matrix(p)]
         outright = f" Or name its own weights: {quoted(matrices)}." if matrices else ""
         raise UnsupportedLayerError(
             f"layer '{path}' is a {kind.__name__}{why}: it cannot be adapted. Supported: {known}.{outright}"
@@ -333,6 +335,11 @@ def _all_ops() -> tuple[LayerOps, ...]:
 @functools.cache
 def _registry() -> dict[str, LayerOps]:
     return {f"{host}.forward": ops for ops in _all_ops() for host in ops.hosts}
+
+
+def is_matrix(parameter: Tensor | None) -> bool:
+    """Tell whether a parameter is a matrix or a stack of them, so that it can be named outright as a target."""
+    return parameter is not None and parameter.dim() in (2, 3)
 
 
 def flat_positions(shape: torch.Size, trailing: int) -> tuple[int, ...]:

@@ -91,6 +91,10 @@ class _Part(LayerOps):
         return None if bias is None else self.rows.take(bias, -1)
 
     @override
+    def stack(self, layer: nn.Module) -> tuple[int, ...]:
+        return self.inner.stack(layer)
+
+    @override
     def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
         return num_rows(self.runs), self.inner.matrix_shape(layer, weight_shape)[1]
 

@@ -41,19 +41,6 @@ class _GatesOps(WeightOps):
     def read_parameters(self, layer: nn.Module) -> list[str]:
         return self.weights(layer)
 
-    @override
-    def matrix_shape(self, layer: nn.Module, weight_shape: tuple[int, ...]) -> tuple[int, int]:
-        d_out, d_in = weight_shape
-        return d_out, d_in
-
-    @override
-    def as_matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        return weight
-
-    @override
-    def as_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
-        return matrix
-
 
 class RecurrentOps(_GatesOps):
     """Layers that run over a whole sequence."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import ShapeError, TargetError, did_you_mean, quoted
 from lorakit.layers.fused import fused_parts
-from lorakit.layers.ops import LayerOps, Runs, find_ops, num_rows, ops_for
+from lorakit.layers.ops import LayerOps, Runs, find_ops, is_matrix, num_rows, ops_for
 from lorakit.layers.parameter import ParameterOps
 from lorakit.layers.parts import part_of
 
@@ -64,7 +64,7 @@ class Site:
                 raise TargetError(f"'{host}' has no weight '{name}'.{did_you_mean(name, places)} {_has(places)}")
             if name == outer.parameter:  # PEFT's way to name the one weight of a layer
                 return cls.at(model, host)
-        elif host and _is_matrix(model.get_submodule(host)._parameters.get(name)):
+        elif host and is_matrix(model.get_submodule(host)._parameters.get(name)):
             return cls(path, model.get_submodule(host), ParameterOps(name), host)
         layer = model.get_submodule(path)
         places = ops_for(path, layer).places(layer)
@@ -97,15 +97,11 @@ class Site:
         return self.ops.as_matrix(self.layer, self.ops.weight(self.layer).detach())
 
 
-def _is_matrix(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.dim() in (2, 3)
-
-
 def _has(places: Mapping[str, LayerOps]) -> str:
     return f"It has {quoted(sorted(places))}."
 
 
-def sites_of(model: nn.Module, path: str, layer: nn.Module) -> dict[str, Site]:
+def sites_of(path: str, layer: nn.Module) -> dict[str, Site]:
     """Return every whole weight of one layer that can be updated, by path; none of a layer that cannot be adapted."""
     ops = find_ops(layer)
     if ops is None or ops.refusal(layer) is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lorakit.reports import digits_figures, digits_words, page
 from lorakit.reports.digits_figures import Pixels
 from lorakit.reports.digits_record import ChangedDigit, DigitsSummary, Measured
-from lorakit.reports.html import Picture
+from lorakit.reports.page import Picture
 
 SHOWN_AT_MOST = 24
 

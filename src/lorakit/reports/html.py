@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shlex
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorakit.errors import ConfigError, RunFolderError, bullet_list
 from lorakit.files import write_text
-from lorakit.methods import find_method
 from lorakit.records import RunSummary, Sample, from_json
-from lorakit.reports import comparison, figures, spectrum, wording
-from lorakit.reports.theme import DARK, LIGHT, Theme
-from lorakit.training.config import RunConfig, TrainConfig, read_config
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from lorakit.reports import comparison, figures, page, spectrum, wording
+from lorakit.reports.reproduction import CONFIG_FILE, reproduction
+from lorakit.reports.theme import Theme
+from lorakit.training.config import read_config
 
 SUMMARY_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.html"
 _ENERGY_SHARE = 0.9
-_NOT_AS_FLAGS = ("method", "rank", "alpha", "output", "force")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture in its light and its dark colours, as data addresses, with its meaning in words."""
-
-    light: str
-    dark: str
-    words: str
 
 
 def read_run(run_folder: str | os.PathLike[str]) -> tuple[RunSummary, list[dict[str, Any]]]:
@@ -151,7 +135,8 @@ def render_report(
     warnings = comparison.warnings(metrics)
     warned = {text for _, text in warnings}
     command, remark = reproduction(settings, run_name)
-    return _template().render(
+    return page.render(
+        "report.html.j2",
         summary=summary,
         classes=classes,
         method=wording.method_name(summary.method),
@@ -194,23 +179,6 @@ def _tiles(summary: RunSummary) -> list[tuple[str, str, str]]:
     in_updates = wording.count(summary.num_trainable - summary.num_head)
     tiles.append(("adapter on disk", wording.size(summary.adapter_bytes), f"{in_updates} numbers"))
     return tiles
-
-
-def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lorakit.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        decimal=wording.decimal, significant=wording.significant, percent=wording.percent, count=wording.count
-    )
-    environment.filters["shortened"] = wording.shortened
-    return environment.get_template("report.html.j2")
 
 
 def _facts(summary: RunSummary, metrics: list[dict[str, Any]]) -> list[comparison.Fact]:
@@ -257,7 +225,7 @@ def _layers_sentence(summary: RunSummary) -> str:
     )
 
 
-def _pictures(summary: RunSummary, metrics: list[dict[str, Any]]) -> dict[str, Picture]:
+def _pictures(summary: RunSummary, metrics: list[dict[str, Any]]) -> dict[str, page.Picture]:
     unit, best = figures.loss_unit(summary), comparison.best_step(summary, metrics)
     found: dict[str, tuple[Callable[[Theme], bytes], str]] = {
         "loss": (
@@ -279,89 +247,7 @@ def _pictures(summary: RunSummary, metrics: list[dict[str, Any]]) -> dict[str, P
             lambda theme: figures.singular_values(summary.spectra, "svg", theme),
             figures.spectrum_words(summary.spectra),
         )
-    return {name: Picture(_address(draw, LIGHT), _address(draw, DARK), words) for name, (draw, words) in found.items()}
-
-
-def _address(draw: Callable[[Theme], bytes], theme: Theme) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(draw(theme)).decode("ascii")
-
-
-def reproduction(settings: Mapping[str, Any] | None, run_name: str) -> tuple[str | None, str]:
-    """Return the command that trains with the same settings, quoted for a shell, and a remark on it.
-
-    Where a setting has no flag, the command names the run's own file of settings. Without a command (None) the
-    remark says why.
-    """
-    if settings is None:
-        return None, f"This run folder has no {CONFIG_FILE}, so the command is not known."
-    try:
-        config = RunConfig(**settings)
-    except ConfigError as error:
-        return None, f"{CONFIG_FILE} does not fit this version of lorakit: {error}"
-    if config.model is None or config.data is None:
-        return None, "The model or the rows were given as Python objects, so no command says this run."
-    flags = _flags(config)
-    words = ["train", config.model, config.data, *(flags or ())]
-    if flags is None or config.model.startswith("-") or config.data.startswith("-"):
-        words = ["train", "--config", os.path.join(run_name, CONFIG_FILE)]
-    return shlex.join(["lorakit", *words]), "Trains into a new folder below runs; --output names another."
-
-
-def _flags(config: RunConfig) -> list[str] | None:
-    """Return the settings that differ from the defaults as flags of ``lorakit train``; None if one has no flag."""
-    found = _method_flags(config)
-    if found is None:
-        return None
-    for name, field in TrainConfig.model_fields.items():
-        value = getattr(config, name)
-        if name in _NOT_AS_FLAGS or value == field.get_default(call_default_factory=True):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            found.append(flag)
-            continue
-        text = _flag_text(name, value)
-        if text is None:
-            return None
-        found += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-    return found
-
-
-def _method_flags(config: RunConfig) -> list[str] | None:
-    """Return name, rank and alpha of the method as flags; None where its other fields are not the usual ones."""
-    try:
-        wanted = config.resolved_method().summary()
-        usual = find_method(str(wanted["name"])).summary()
-        changed = {name: wanted[name] for name in ("rank", "alpha") if wanted.get(name) != usual.get(name)}
-        if find_method({"name": wanted["name"], **changed}).summary() != wanted:
-            return None
-    except ConfigError:
-        return None
-    method = [] if wanted["name"] == TrainConfig.model_fields["method"].default else ["--method", str(wanted["name"])]
-    return [*method, *(word for name, value in changed.items() for word in (f"--{name}", _number(value)))]
-
-
-def _flag_text(name: str, value: Any) -> str | None:
-    """Write a value as the flag reads it; None where no flag does."""
-    if name == "halve_micro_at":
-        return None
-    if name == "columns":
-        return _listed([f"{field}={column}" for field, column in value.items()])
-    if name == "train_modules" and isinstance(value, list):
-        return _listed(value)
-    if isinstance(value, list) or name == "train_modules":
-        return None
-    return _number(value) if isinstance(value, float) else str(value)
-
-
-def _listed(items: list[str]) -> str | None:
-    """Write items parted by commas; None where they would not be read back as they are."""
-    whole = items and all(item and item == item.strip() and "," not in item for item in items)
-    return ",".join(items) if whole else None
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if float(value).is_integer() else repr(value)
+    return {name: page.picture(draw, words) for name, (draw, words) in found.items()}
 
 
 def _commands(summary: RunSummary, run_name: str) -> list[tuple[str, str]]:

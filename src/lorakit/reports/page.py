@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from lorakit.reports import wording
-from lorakit.reports.html import Picture
 from lorakit.reports.theme import DARK, LIGHT, Theme
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture in its light and its dark colours, as data addresses, with its meaning in words."""
+
+    light: str
+    dark: str
+    words: str
 
 
 def render(template: str, **values: Any) -> str:
@@ -25,6 +34,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters.update(
         decimal=wording.decimal, significant=wording.significant, percent=wording.percent, count=wording.count
     )
+    environment.filters["shortened"] = wording.shortened
     return environment.get_template(template).render(values)
 
 

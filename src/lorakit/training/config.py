@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,6 +126,17 @@ class TrainConfig(Settings):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
             raise ValueError("give a share of the rows between 0 and 1, or a file")
         return value
+
+    def attaching(self, heads: Sequence[str]) -> dict[str, Any]:
+        """Return how the adapter is put on a model, as ``lorakit.attach`` takes it; ``heads`` train in full too."""
+        extra = [self.train_modules] if isinstance(self.train_modules, str) else list(self.train_modules)
+        return {
+            "targets": self.targets,
+            "exclude": self.exclude,
+            "layers": self.layers,
+            "train_modules": [*heads, *(name for name in extra if name not in heads)],
+            "seed": self.seed,
+        }
 
     def resolved_method(self) -> Method:
         """Return the method with the shorthands applied.

@@ -38,22 +38,13 @@ def fit_micro_batch(
             recipe.micro_batch = recipe.batch_size
             recipe.say("micro_batch", recipe.micro_batch, f"{free / 2**30:.1f} GiB are free: far more than needed")
         return
-    extra = [config.train_modules] if isinstance(config.train_modules, str) else list(config.train_modules)
-    heads = ["head"] if spec.labels else []
-    attaching = {
-        "targets": config.targets,
-        "exclude": config.exclude,
-        "layers": config.layers,
-        "train_modules": [*heads, *(name for name in extra if name not in heads)],
-        "seed": config.seed,
-    }
     pad = base.tokenizer.pad_token_id
     setup = Setup(
         base.model.config,
         parameter.dtype,
         spec,
         method,
-        attaching,
+        config.attaching(["head"] if spec.labels else []),
         dataclasses.replace(plan_of(config, recipe), compile=False),
         pad if isinstance(pad, int) else 0,
         config.trust_remote_code,

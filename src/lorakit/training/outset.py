@@ -24,18 +24,13 @@ from lorakit.training.stepper import is_out_of_memory, out_of_memory
 def attached(prepared: Prepared, config: TrainConfig, name: str) -> Handle:
     """Attach the adapter that the settings describe; a new head is trained in full beside it."""
     base = prepared.base
-    extra = [config.train_modules] if isinstance(config.train_modules, str) else list(config.train_modules)
     heads = list(base.new_modules) or (["head"] if prepared.spec.labels else [])
     return attach(
         base.model,
         prepared.method,
-        config.targets,
         name=name,
-        exclude=config.exclude,
-        layers=config.layers,
-        train_modules=[*heads, *(module for module in extra if module not in heads)],
         new_modules=base.new_modules,
-        seed=config.seed,
+        **config.attaching(heads),
     )
 
 

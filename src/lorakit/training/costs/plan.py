@@ -186,22 +186,13 @@ def _decided(
         model_config.num_labels = len(about.spec.labels)
         if model_config.pad_token_id is None:
             model_config.pad_token_id = pad
-    extra = [config.train_modules] if isinstance(config.train_modules, str) else list(config.train_modules)
-    heads = ["head"] if about.spec.labels else []
-    attaching = {
-        "targets": config.targets,
-        "exclude": config.exclude,
-        "layers": config.layers,
-        "train_modules": [*heads, *(name for name in extra if name not in heads)],
-        "seed": config.seed,
-    }
     method = config.resolved_method()
     setup = Setup(
         model_config,
         torch.float32,
         about.spec,
         method,
-        attaching,
+        config.attaching(["head"] if about.spec.labels else []),
         Plan(1, 1, 1, 1e-3),
         pad if isinstance(pad, int) else 0,
         config.trust_remote_code,
