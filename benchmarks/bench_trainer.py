@@ -1,10 +1,16 @@
-"""Supervised tokens per second on E2E with a small pretrained LLaMA: lorakit against HF's Trainer with PEFT.
+"""LoRA, full fine-tuning and the head alone on E2E with a small pretrained LLaMA, beside HF's Trainer with PEFT.
 
 Every way trains the same encoded rows for the same steps of 8 rows, in a process of its own, in turns; a step's time
-is the mean over the steps after the first fifty. 'defaults' are the Trainer's own settings (rows in random order,
-padded to the longest of their batch) with PEFT's LoRA on all linear layers; 'best' adds length groups, the fused
-optimizer and little logging. Full fine-tuning stands beside them. Needs a folder with ``models/tiny-llama-en`` and
-``data/e2e``: ``--shared``, LORAKIT_SHARED, or ``../shared`` beside the checkout.
+is the mean over the steps after the first fifty. 'trainer' has the Trainer's own settings (rows in random order,
+padded to the longest of their batch) with PEFT's LoRA on all linear layers; 'trainer best' adds length groups, the
+fused optimizer and little logging. 'lorakit head' trains a head of its own: the model's is its embedding, so a copy is
+made first. Afterwards each model is measured on the same rows of the test file, whose restaurants are others. Memory
+is what tensors take above the loaded base at the peak of two steps on the eight longest rows, adapter and optimizer
+included.
+
+Ratios are taken within turns. 'CPU' is the ratio of processor seconds, which other work on the machine disturbs less;
+a note says how much of the time that work took. Needs a folder with ``models/tiny-llama-en`` and ``data/e2e``:
+``--shared``, LORAKIT_SHARED, or ``../shared`` beside the checkout.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_trainer.py [--turns 3] [--steps 100]
 """
@@ -14,18 +20,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WAYS = ("lorakit", "lorakit full", "trainer", "trainer best")
+WAYS = ("lorakit", "lorakit head", "lorakit full", "trainer", "trainer best")
 WARM = 50  # the Trainer's length groups run from long to short over 50 steps: only whole rounds are comparable
 BATCH, RANK, ALPHA, RATE = 8, 8, 16, 1e-3
+NUM_TEST_ROWS = 200
 
 
 def paths(shared: Path) -> tuple[str, str]:
@@ -33,39 +42,93 @@ def paths(shared: Path) -> tuple[str, str]:
     return str(shared / "models/tiny-llama-en"), str(shared / "data/e2e/valid.jsonl")
 
 
+class Clock:
+    """The times of steps, on the wall and of the processor."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def tick(self) -> None:
+        """Note the end of a step."""
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+    def seconds(self) -> dict[str, float]:
+        """Return mean seconds per step after the first ones."""
+        count = len(self.wall) - 1 - WARM
+        return {"seconds": (self.wall[-1] - self.wall[WARM]) / count, "cpu": (self.cpu[-1] - self.cpu[WARM]) / count}
+
+
+def base_model(shared: Path, untied: bool = False) -> Any:
+    """Return the model in fp32, on request with a head that is a copy of its embedding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(paths(shared)[0], dtype=torch.float32)
+    if untied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def tokenizer_of(shared: Path) -> Any:
+    """Return the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(paths(shared)[0])
+
+
 def with_lorakit(shared: Path, steps: int, method: str) -> dict[str, Any]:
-    """Train with ``lorakit.fit``; each step's seconds and the losses are what its observer is told."""
+    """Train with ``lorakit.fit``; its observer is told the end of each step, and its loss."""
     import lorakit as lk
     from lorakit.training.observe import Observer, Step
 
-    seen: list[Step] = []
+    clock, losses = Clock(), []
 
     class Watch(Observer):
         def step(self, step: Step) -> None:
-            seen.append(step)
+            clock.tick()
+            losses.append(step.loss)
 
-    model, rows = paths(shared)
-    lk.fit(model, rows, method=method, max_steps=steps, lr=RATE if method == "lora" else RATE / 10, observer=Watch())
-    seconds = [b.seconds - a.seconds for a, b in zip(seen[WARM:], seen[WARM + 1 :], strict=False)]
-    return {"seconds": statistics.mean(seconds), "losses": [step.loss for step in seen]}
+    _, rows = paths(shared)
+    result = lk.fit(
+        base_model(shared, untied=method == "head"),
+        rows,
+        tokenizer=tokenizer_of(shared),
+        method=method,
+        max_steps=steps,
+        lr=RATE / 10 if method == "full" else RATE,
+        observer=Watch(),
+    )
+    return {
+        **clock.seconds(),
+        "losses": losses,
+        "trained": result.summary.num_trainable,
+        **tested(result.model, shared),
+    }
 
 
-def with_trainer(shared: Path, steps: int, best: bool) -> dict[str, Any]:
-    """Train the same rows with HF's Trainer on PEFT's model."""
+def tested(model: Any, shared: Path) -> dict[str, float]:
+    """Return the loss per token on rows of the test file."""
+    spec, rows = encoded(shared, str(shared / "data/e2e/test.jsonl"))
+    drawn = random.Random(0).sample(range(len(rows)), NUM_TEST_ROWS)
+    collate = spec.collator(tokenizer_of(shared))
+    return {"test": spec.kind.evaluate(model, [rows[i] for i in drawn], collate).loss}
+
+
+def with_trainer(shared: Path, model: Any, rows: Any, steps: int, best: bool) -> tuple[Any, Clock, list[float]]:
+    """Train rows with HF's Trainer on PEFT's model of ``model``; return that, the clock and the losses."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    model_folder, _ = paths(shared)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    encoded = [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded_rows(shared)]
+    tokenizer, clock = tokenizer_of(shared), Clock()
+    given = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
 
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
+    class Watch(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.times.append(time.perf_counter())
+            clock.tick()
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -77,9 +140,7 @@ def with_trainer(shared: Path, steps: int, best: bool) -> dict[str, Any]:
             mask[i, :n] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    clock = Clock()
     more: dict[str, Any] = (
         {"train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused", "logging_steps": 10}
         if best
@@ -98,31 +159,92 @@ def with_trainer(shared: Path, steps: int, best: bool) -> dict[str, Any]:
             use_cpu=True,
             **more,
         )
-        trainer = Trainer(get_peft_model(model, config), settings, collate, encoded, callbacks=[clock])
+        trainer = Trainer(get_peft_model(model, config), settings, collate, given, callbacks=[Watch()])
         trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    seconds = [b - a for a, b in zip(clock.times[WARM:], clock.times[WARM + 1 :], strict=False)]
-    return {"seconds": statistics.mean(seconds), "losses": losses}
+    return trainer.model, clock, losses
 
 
-def encoded_rows(shared: Path) -> Any:
-    """Return the rows as tokens and labels, as lorakit encodes them."""
-    from transformers import AutoTokenizer
-
+def encoded(shared: Path, rows: str) -> tuple[Any, Any]:
+    """Return the task and a file's rows as tokens and labels, as lorakit encodes them."""
     from lorakit.training.data.read import read_table
     from lorakit.training.spec import TaskSpec
 
-    model, rows = paths(shared)
     spec = TaskSpec("generation", max_length=512, chat=True)
-    return spec.read(read_table(rows), AutoTokenizer.from_pretrained(model)).rows
+    return spec, spec.read(read_table(rows), tokenizer_of(shared)).rows
 
 
 def measure(way: str, shared: Path, steps: int) -> dict[str, Any]:
-    """Measure one way in this process."""
-    warnings.simplefilter("ignore")
+    """Measure time and losses of one way in this process."""
     if way.startswith("lorakit"):
-        return with_lorakit(shared, steps, "full" if way.endswith("full") else "lora")
-    return with_trainer(shared, steps, best=way.endswith("best"))
+        return with_lorakit(shared, steps, way.removeprefix("lorakit ") if " " in way else "lora")
+    _, rows = encoded(shared, paths(shared)[1])
+    model, clock, losses = with_trainer(shared, base_model(shared), rows, steps, way.endswith("best"))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {**clock.seconds(), "losses": losses, "trained": trained, **tested(model, shared)}
+
+
+def memory_of(way: str, shared: Path) -> dict[str, Any]:
+    """Measure the memory of one way in this process: two steps on the longest rows."""
+    import torch
+
+    from lorakit.methods import find_method
+    from lorakit.training.costs import probe
+    from lorakit.training.memory import peak_bytes
+    from lorakit.training.plan import Plan
+
+    spec, rows = encoded(shared, paths(shared)[1])
+    longest = sorted(rows, key=lambda row: -len(row.input_ids))[:BATCH]
+    if way.startswith("lorakit"):
+        name = way.removeprefix("lorakit ") if " " in way else "lora"
+        model = base_model(shared, untied=name == "head").requires_grad_(False).eval()
+        plan, collate = Plan(2, BATCH, BATCH, RATE), spec.collator(tokenizer_of(shared))
+        attaching = {"targets": "all-linear"} if name == "lora" else {}
+        method = find_method({"name": name, "rank": RANK, "alpha": ALPHA} if name == "lora" else name)
+        return {"peak": probe(model, spec.kind, collate, method, attaching, plan, longest).peak_bytes}
+    model = base_model(shared)
+    train: Callable[[], Any] = lambda: with_trainer(shared, model, longest, 2, way.endswith("best"))  # noqa: E731
+    return {"peak": peak_bytes(train, torch.device("cpu"))}
+
+
+def worker(way: str, shared: Path, *options: str) -> dict[str, Any]:
+    """Run one way in a process of its own."""
+    command = [sys.executable, __file__, "--worker", way, "--shared", str(shared), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{way} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    shown = {key: value for key, value in found.items() if key != "losses"}
+    print(f"{way}: {json.dumps(shown)}", file=sys.stderr, flush=True)
+    return found
+
+
+def show(found: dict[str, list[dict[str, Any]]], peaks: dict[str, int], supervised: float) -> None:
+    """Print speeds and losses."""
+    print(f"{BATCH} rows a step, {supervised:.1f} supervised tokens a row; speed over the Trainer's defaults, median")
+    print("(range) of the turns; loss per token on test rows; peak memory above the base\n")
+    print(f"{'':14}{'tokens/s':>9}  {'speed':18}{'CPU':>6}{'test':>8}{'memory':>11}{'trained':>13}")
+    for way, results in found.items():
+        pairs = list(zip(found["trainer"], results, strict=True))
+        wall = sorted(theirs["seconds"] / own["seconds"] for theirs, own in pairs)
+        cpu = statistics.median(theirs["cpu"] / own["cpu"] for theirs, own in pairs)
+        speed = statistics.median(BATCH * supervised / own["seconds"] for own in results)
+        ratio = f"{statistics.median(wall):.2f} ({wall[0]:.2f}-{wall[-1]:.2f})"
+        print(
+            f"{way:14}{speed:9.0f}  {ratio:18}{cpu:6.2f}{results[0]['test']:8.3f}"
+            f"{peaks[way] / 2**20:7.1f} MiB{results[0]['trained']:13,}"
+        )
+    print("\nmean training loss of steps      1-10    46-55      last 10")
+    for way, results in found.items():
+        losses = results[0]["losses"]
+        if len(losses) >= WARM + 10:
+            parts = losses[:10], losses[WARM - 5 : WARM + 5], losses[-10:]
+            print(f"{way:27}" + "".join(f"{statistics.mean(part):10.3f}" for part in parts))
+        else:  # logged every ten steps
+            print(f"{way:27}{losses[0]:10.3f}{losses[len(losses) // 2]:10.3f}{losses[-1]:10.3f}   (other rows)")
+    shares = [result["cpu"] / result["seconds"] for results in found.values() for result in results]
+    if min(shares) < 0.95:
+        print(f"\nNoisy: other work on this machine took up to {1 - min(shares):.0%} of the time of a run.")
 
 
 def main() -> None:
@@ -130,35 +252,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS, help="'trainer' is always among them")
     default = os.environ.get("LORAKIT_SHARED", Path(__file__).resolve().parents[2] / "shared")
     parser.add_argument("--shared", type=Path, default=Path(default))
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.steps < WARM + 10:
+        parser.error(f"--steps must be at least {WARM + 10}: the first {WARM} are not timed")
     if not (given.shared / "models/tiny-llama-en").is_dir():
         print("no models/tiny-llama-en: skipped (see --help)")
         return
+    warnings.simplefilter("ignore")
     if given.worker:
-        print(json.dumps(measure(given.worker, given.shared, given.steps)))
+        found = memory_of if given.memory else lambda way, shared: measure(way, shared, given.steps)
+        print(json.dumps(found(given.worker, given.shared)))
         return
-    rows = encoded_rows(given.shared)
+    _, rows = encoded(given.shared, paths(given.shared)[1])
     supervised = statistics.mean(sum(label != -100 for label in row.labels) for row in rows)
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    ways = [way for way in WAYS if way in given.only or way == "trainer"]
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for turn in range(given.turns):
-        for way in WAYS if turn % 2 == 0 else tuple(reversed(WAYS)):
-            command = [sys.executable, __file__, "--worker", way, "--steps", str(given.steps), "--shared"]
-            output = subprocess.run([*command, str(given.shared)], check=True, capture_output=True, text=True).stdout
-            found[way].append(json.loads(output.splitlines()[-1]))
-    base = [result["seconds"] for result in found["trainer"]]
-    print(f"{BATCH} rows a step, {supervised:.1f} supervised tokens a row; speed over the Trainer's defaults\n")
-    for way, results in found.items():
-        speeds = [BATCH * supervised / result["seconds"] for result in results]
-        ratios = [theirs / own["seconds"] for theirs, own in zip(base, results, strict=True)]
-        losses = results[0]["losses"]
-        last = float(losses[-1]) if way.endswith("best") else statistics.mean(float(loss) for loss in losses[-10:])
-        print(
-            f"{way:14} {statistics.median(speeds):7.1f} supervised tokens/s   x {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f}-{max(ratios):.2f})   mean loss of the last 10 steps {last:.3f}"
-        )
+        for way in ways if turn % 2 == 0 else reversed(ways):
+            results[way].append(worker(way, given.shared, "--steps", str(given.steps)))
+    peaks = {way: int(worker(way, given.shared, "--memory")["peak"]) for way in ways}
+    show(results, peaks, supervised)
 
 
 if __name__ == "__main__":

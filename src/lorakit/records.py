@@ -218,6 +218,36 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What a run was expected to take, before its first step; a line of ``metrics.jsonl`` beside the measured figures.
+
+    Attributes:
+        num_steps: optimizer steps.
+        num_trainable: numbers to train; None where no step was simulated, as are the next two.
+        adapter_bytes: of the tensors that are saved.
+        memory: tensor bytes at the highest moment of a step, by what they are for (the base's 'weights' among them).
+        left_out: why no step was simulated; empty where one was.
+        seconds: of the training without its evaluations; None where it was not estimated.
+        seconds_from: where that is from.
+    """
+
+    num_steps: int
+    num_trainable: int | None = None
+    adapter_bytes: int | None = None
+    memory: dict[str, int] | None = None
+    left_out: str = ""
+    seconds: float | None = None
+    seconds_from: str = ""
+
+    @property
+    def above_weights(self) -> int | None:
+        """Bytes of all parts but the loaded base."""
+        if self.memory is None:
+            return None
+        return sum(value for part, value in self.memory.items() if part != "weights")
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """Everything a finished run reports; stored as ``run.json`` in the run folder.
 

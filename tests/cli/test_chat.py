@@ -231,7 +231,7 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(talker: Path, tmp_path: Pa
         for _ in range(60):  # Python's input() sees a signal late that comes while it writes its prompt
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)
+                process.wait(5)
                 break
         assert process.returncode == 0
     finally:

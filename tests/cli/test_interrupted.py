@@ -74,7 +74,7 @@ def test_a_run_that_was_killed_goes_on_with_resume(place: Path, start: Start) ->
     assert finish(process).code == -signal.SIGKILL
     done = quick("resume", folder, "--json")
     assert done.code == 0, done.stderr
-    assert "going on after step" in done.stderr
+    assert '{"kind": "resumes", "step": ' in done.stderr
     assert done.json["finished"] is True
     assert done.json["num_steps"] == 300
     again = quick("resume", folder)

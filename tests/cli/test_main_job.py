@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -54,9 +55,11 @@ def test_training_with_json_prints_one_object(place: Path, lorakit: Command) -> 
     }
 
 
-def test_quiet_training_prints_the_run_folder_and_nothing_else(place: Path) -> None:
+def test_quiet_training_prints_the_result_on_one_line_and_the_run_folder(place: Path) -> None:
     done = quick("train", place / "encoder", place / "opinions.jsonl", "-q", "--max-steps", 2, "-o", place / "quiet")
-    assert (done.code, done.stdout.strip(), done.stderr) == (0, str(place / "quiet"), "")
+    assert (done.code, done.stdout.strip()) == (0, str(place / "quiet"))
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"accuracy: \S+ % before, \S+ % after 2 steps in \S+ s", line)
 
 
 def test_a_run_trains_again_from_its_own_config(classifier: Path, tmp_path: Path) -> None:

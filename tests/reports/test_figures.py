@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from io import BytesIO
@@ -20,6 +21,7 @@ from lorakit.reports.figures import (
     singular_values,
     spectrum_words,
 )
+from lorakit.reports.layers_panel import draw_quarter
 from lorakit.reports.panels import draw_loss
 from lorakit.reports.theme import DARK, LIGHT, new_figure
 
@@ -214,3 +216,20 @@ def test_pictures_leave_no_global_figure(classification_run: Run) -> None:
     loss_curve(classification_run[1])
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize("height", [2.6, 4.3, 9.0])
+@pytest.mark.parametrize("num_kinds", [7, 20, 38])
+def test_the_names_of_the_maps_rows_never_touch(height: float, num_kinds: int) -> None:
+    spectra = tuple(
+        LayerSpectrum(f"blocks.{block}.part{kind}.dense", (1.0, 0.5), base_norm=10.0)
+        for block in range(4)
+        for kind in range(num_kinds)
+    )
+    figure = new_figure(8.0, height, LIGHT)
+    draw_quarter(figure, spectra, LIGHT)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels() if label.get_text()]
+    tops = sorted(((box.y0, box.y1) for box in boxes), key=lambda box: box[0])
+    assert len(tops) > 1
+    assert [pair for pair in itertools.pairwise(tops) if pair[0][1] > pair[1][0]] == []

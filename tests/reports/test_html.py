@@ -17,7 +17,7 @@ from lorakit.records import Choice, RunSummary, Sample
 from lorakit.reports import comparison
 from lorakit.reports.html import read_run, render_report, write_report
 from lorakit.reports.reproduction import reproduction
-from lorakit.training.config import RunConfig, TrainConfig, write_config
+from lorakit.training.config import SHORTHANDS, RunConfig, TrainConfig, write_config
 
 Run = tuple[RunSummary, list[dict[str, Any]]]
 WriteRun = Callable[[RunSummary, list[dict[str, Any]]], Path]
@@ -331,7 +331,7 @@ def settings_of(command: str) -> RunConfig:
 
 def compared(config: RunConfig) -> dict[str, Any]:
     """Return what must be the same, the method with its shorthands applied."""
-    apart = {"method", "rank", "alpha", "output", "force"}
+    apart = {"method", *SHORTHANDS, "output", "force"}
     return config.model_dump(exclude=apart) | {"method": config.resolved_method().summary()}
 
 
@@ -339,6 +339,8 @@ CHANGES: dict[str, Any] = {
     "task": "classification",
     "method": find_method("dora").summary(),
     "targets": "re:.*(q|v)_proj$",
+    "add_tokens": ["redboat", "skycar"],
+    "train_vocabulary": "full",
     "exclude": "lm_head,it's",
     "layers": "last:4",
     "train_modules": ["score", "norm layer"],
@@ -365,12 +367,16 @@ CHANGES: dict[str, Any] = {
     "dtype": "bf16",
     "device": "cuda:1",
     "seed": 7,
+    "log_to": "tensorboard,wandb",
     "revision": "-v1",
     "trust_remote_code": True,
 }
 OTHERS: list[tuple[str, Any]] = [
     ("method", find_method({"name": "lora", "rank": 4, "alpha": 2.5}).summary()),
     ("method", find_method({"name": "lora", "dropout": 0.1}).summary()),
+    ("method", find_method({"name": "lora", "init": "pissa"}).summary()),
+    ("method", find_method({"name": "lora", "init": {"name": "pissa", "steps": 4}}).summary()),
+    ("method", find_method({"name": "lora", "rank": "auto", "budget": 9000}).summary()),
     ("targets", ["q_proj", "v_proj"]),
     ("train_modules", ["a,b"]),
     ("train_modules", "score"),
@@ -379,6 +385,7 @@ OTHERS: list[tuple[str, Any]] = [
     ("columns", {"prompt": " a "}),
     ("columns", {}),
     ("validation", 0.25),
+    ("log_to", ["tensorboard"]),
     ("layers", [0, 3]),
     ("model", "-odd model"),
     ("data", "it's; rm -rf $HOME.jsonl"),
@@ -403,7 +410,7 @@ def test_the_command_gives_back_all_settings_at_once_by_flags() -> None:
 
 
 def test_every_setting_is_tried_in_a_command() -> None:
-    assert set(TrainConfig.model_fields) - set(CHANGES) == {"rank", "alpha", "output", "force"}
+    assert set(TrainConfig.model_fields) - set(CHANGES) == {*SHORTHANDS, "output", "force"}
 
 
 def test_a_command_names_only_what_differs_from_the_defaults() -> None:

@@ -138,3 +138,40 @@ def test_a_loss_that_is_no_number_is_never_the_best(classification_run: Run, los
     summary = replace(classification_run[0], after=replace(classification_run[0].after, loss=loss))
     row = next(row for row in comparison.measures(summary) if "loss" in row.name)
     assert row.best != len(row.texts) - 1
+
+
+@pytest.mark.parametrize(
+    ("adapted", "probe", "words"),
+    [
+        (0.9, 0.9, "A linear probe on the frozen base does as well: both label 90.0 % of the held-out rows correctly."),
+        (
+            0.6,
+            0.9,
+            "A linear probe on the frozen base does better: 90.0 % against 60.0 %, a difference of 150 rows of 500.",
+        ),
+        (
+            0.9,
+            0.6,
+            "A linear probe on the frozen base does worse: 60.0 % against 90.0 %, a difference of 150 rows of 500.",
+        ),
+        (
+            0.898,
+            0.9,
+            "A linear probe on the frozen base does better: 90.0 % against 89.8 %, a difference of 1 row of 500; "
+            "so few rows may be chance.",
+        ),
+    ],
+)
+def test_a_linear_probe_is_called_what_it_is(classification_run: Run, adapted: float, probe: float, words: str) -> None:
+    after = replace(classification_run[0].after, accuracy=adapted, num_rows=500)
+    summary = replace(classification_run[0], after=after, probe=replace(after, accuracy=probe))
+    assert comparison.against_probe(summary) == words
+
+
+@pytest.mark.parametrize(("adapted", "pays"), [(0.95, True), (0.9, False), (0.8, False)])
+def test_an_adapter_pays_only_where_it_beats_the_probe(classification_run: Run, adapted: float, pays: bool) -> None:
+    after = replace(classification_run[0].after, accuracy=adapted)
+    summary = replace(classification_run[0], after=after, probe=replace(after, accuracy=0.9))
+    caution = comparison.caution(summary)
+    assert (caution is None) == pays
+    assert pays or "does not pay" in str(caution)

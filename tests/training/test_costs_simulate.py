@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+)
 
 from lorakit.errors import ModelError
 from lorakit.methods import find_method
@@ -97,6 +104,13 @@ def test_a_probe_leaves_the_base_as_it_was() -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize(("init", "share"), [("kaiming", 1), ("pissa", 2)])
+def test_the_file_holds_the_frozen_start_too(init: str, share: int) -> None:
+    setup = setup_for("llama", {"name": "lora", "rank": 4, "init": init})  # type: ignore[arg-type]
+    cost = simulate(setup, rows_for(setup))
+    assert cost.saved_bytes == share * cost.trained_bytes
+
+
 def test_the_parts_of_a_lora_step_are_where_they_belong() -> None:
     setup = setup_for("llama", {"name": "lora", "rank": 8})  # type: ignore[arg-type]
     cost = simulate(setup, rows_for(setup))
@@ -134,9 +148,26 @@ def test_adapters_on_some_blocks_are_simulated_whole(attaching: dict[str, Any]) 
     assert num_like_blocks(setup) is None
 
 
-def test_routing_by_values_is_refused_with_what_to_do() -> None:
-    from transformers import MixtralConfig
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_estimate_knows_grouped_products_of_experts(dtype: torch.dtype) -> None:
+    sizes = {**SIZES, "intermediate_size": 176}  # torch groups bf16 products of multiples of 16 bytes alone
+    config = MixtralConfig(**sizes, num_hidden_layers=2, num_local_experts=4, num_key_value_heads=4)
+    setup = replace(setup_for("llama"), config=config, dtype=dtype)
+    rows = rows_for(setup)
+    assert simulate(setup, rows).memory.above_weights == pytest.approx(measured(setup, rows), rel=CLOSE)
 
+
+def test_grouped_products_of_experts_are_counted() -> None:
+    def flops(per_token: int) -> int:
+        sizes = {**SIZES, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": per_token}
+        config = MixtralConfig(**sizes, num_key_value_heads=4)
+        return simulate(replace(setup_for("llama", None), config=config), rows_for(setup_for("llama"))).flops
+
+    # One expert more for each of 4 x 64 tokens: three matrices, forward and both gradients, in two blocks.
+    assert flops(2) - flops(1) == 2 * 3 * 3 * 2 * 4 * 64 * SIZES["hidden_size"] * SIZES["intermediate_size"]
+
+
+def test_routing_by_values_is_refused_with_what_to_do() -> None:
     config = MixtralConfig(**SIZES, num_hidden_layers=2, num_local_experts=4, num_key_value_heads=4)
     config._experts_implementation = "eager"
     with pytest.raises(ModelError, match="max_steps 1"):

@@ -400,3 +400,35 @@ def test_real_rows_learn_exactly_their_completions(shared: Path) -> None:
 
     assert learned(tokenizer, encoded) == [f"{row.expected}</s>" for row in encoded.rows]
     assert len(encoded.rows) + int(encoded.notes[0].split()[0]) == 999
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_of_a_file_are_told_and_calls_of_them_learned(bpe: Any, tmp_path: Path) -> None:
+    bpe.chat_template = TOOLS_TEMPLATE
+    # As OpenAI's API has them: arguments are JSON in a text, an answer that only calls has no content.
+    call = {"id": "c1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Oslo"}'}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "yes?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "word"},
+            {"role": "assistant", "content": "no"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}],
+    }
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    table = read_table(str(file))
+    (found,) = encode_generation(table, detect_task(table), bpe, max_length=512, chat=True).rows
+    learned = bpe.decode([label for label in found.labels if label != -100])
+    text = bpe.decode(found.input_ids)
+    assert '<tools>[{"type": "function", "function": {"name": "rain", "parameters"' in text
+    assert "<|im_start|>tool\nword<|im_end|>" in text
+    assert learned == '<call>{"name": "rain", "arguments": {"city": "Oslo"}}</call><|im_end|>no<|im_end|>'

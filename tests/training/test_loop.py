@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import Handle, attach
 from lorakit.errors import TrainingError
-from lorakit.methods import Update
+from lorakit.methods import Rule, Update
 from lorakit.methods.lora import LoRA
 from lorakit.records import Evaluation, Sample
 from lorakit.training.data.batches import Collator
@@ -77,13 +77,22 @@ class Remembers(LoRA):
 
     name = "remembers"
 
-    def before_step(self, updates: Any, step: int) -> None:
-        found = [tensor.grad.clone() for update in updates.values() for tensor in update.parameters()]
-        self.__dict__.setdefault("gradients", []).append(found)
-        self.__dict__.setdefault("calls", []).append(("before", step))
+    def rule(self, updates: Mapping[str, Update], num_steps: int) -> Rule:
+        kept = self.__dict__
+        return RememberingRule(updates, num_steps, kept.setdefault("gradients", []), kept.setdefault("calls", []))
 
-    def after_step(self, updates: Any, step: int) -> None:
-        self.__dict__.setdefault("calls", []).append(("after", step))
+
+class RememberingRule(Rule):
+    def __init__(self, updates: Mapping[str, Update], num_steps: int, gradients: list[Any], calls: list[Any]) -> None:
+        super().__init__(updates, num_steps)
+        self.gradients, self.calls = gradients, calls
+
+    def before_step(self, step: int) -> None:
+        self.gradients.append([tensor.grad.clone() for u in self.updates.values() for tensor in u.parameters()])
+        self.calls.append(("before", step))
+
+    def after_step(self, step: int) -> None:
+        self.calls.append(("after", step))
 
 
 class Penalised(Remembers):
@@ -91,8 +100,14 @@ class Penalised(Remembers):
 
     name = "penalised"
 
-    def penalty(self, updates: dict[str, Update]) -> Tensor:
-        return sum((p.square().sum() for u in updates.values() for p in u.parameters()), torch.zeros(()))
+    def rule(self, updates: Mapping[str, Update], num_steps: int) -> Rule:
+        kept = self.__dict__
+        return PenalisingRule(updates, num_steps, kept.setdefault("gradients", []), kept.setdefault("calls", []))
+
+
+class PenalisingRule(RememberingRule):
+    def penalty(self) -> Tensor:
+        return sum((p.square().sum() for u in self.updates.values() for p in u.parameters()), torch.zeros(()))
 
 
 def one_step(
@@ -163,7 +178,12 @@ class Faster(LoRA):
 
     name = "faster"
 
-    def param_groups(self, named: Any, lr: float) -> list[dict[str, Any]]:
+    def rule(self, updates: Mapping[str, Update], num_steps: int) -> Rule:
+        return FasterRule(updates, num_steps)
+
+
+class FasterRule(Rule):
+    def groups(self, named: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
         parts = {key: [p for name, p in named.items() if name.endswith(f".{key}")] for key in "AB"}
         return [{"params": parts["A"], "lr": lr}, {"params": parts["B"], "lr": 4 * lr}]
 
@@ -181,7 +201,7 @@ def test_the_methods_groups_keep_their_ratio_through_the_schedule(build: Build) 
 
 def test_the_optimizer_holds_the_adapters_parameters_alone(build: Build) -> None:
     handle = shaken(build("bert"))
-    optimizer = optimizer_for(handle, "default", "adamw", lr=1.0, weight_decay=0.0)
+    optimizer = optimizer_for(Rule({}, 1), handle.parameters(), "adamw", lr=1.0, weight_decay=0.0)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in handle.parameters().values()}
 

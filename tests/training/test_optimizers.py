@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lorakit.adapters import attach
+from lorakit.methods import Rule
 from lorakit.methods.lora import LoRA
 from lorakit.training.optimizers import MOMENTUM, OPTIMIZERS, load_state_tensors, optimizer_for, state_tensors
 
@@ -50,7 +51,7 @@ def test_all_optimizers_are_tested() -> None:
 @pytest.mark.parametrize("name", PLAIN)
 def test_steps_are_those_of_torch(name: str) -> None:
     ours, theirs = adapted(), adapted()
-    steps(ours, optimizer_for(ours, "default", name, lr=0.1, weight_decay=0.01), 5)
+    steps(ours, optimizer_for(Rule({}, 5), ours.parameters(), name, lr=0.1, weight_decay=0.01), 5)
     steps(theirs, PLAIN[name](list(theirs.parameters().values())), 5)
     for found, expected in zip(values(ours), values(theirs), strict=True):
         torch.testing.assert_close(found, expected, rtol=FUSED, atol=FUSED)
@@ -60,7 +61,7 @@ def test_steps_are_those_of_torch(name: str) -> None:
 @pytest.mark.parametrize("before", [0, 1, 4])
 def test_an_optimizer_goes_on_from_its_state_bit_for_bit(name: str, before: int) -> None:
     whole, first = adapted(), adapted()
-    optimizer = optimizer_for(whole, "default", name, lr=0.1, weight_decay=0.01)
+    optimizer = optimizer_for(Rule({}, 5), whole.parameters(), name, lr=0.1, weight_decay=0.01)
     steps(whole, optimizer, before, seed=1)
     tensors = state_tensors(optimizer, whole.parameters())
     middle = values(whole)
@@ -69,7 +70,7 @@ def test_an_optimizer_goes_on_from_its_state_bit_for_bit(name: str, before: int)
     with torch.no_grad():
         for parameter, value in zip(first.parameters().values(), middle, strict=True):
             parameter.copy_(value)
-    again = optimizer_for(first, "default", name, lr=0.1, weight_decay=0.01)
+    again = optimizer_for(Rule({}, 5), first.parameters(), name, lr=0.1, weight_decay=0.01)
     load_state_tensors(again, first.parameters(), tensors)
     steps(first, again, 3, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(values(whole), values(first), strict=True))
@@ -79,7 +80,7 @@ def test_adafactor_remembers_less_than_adamw() -> None:
     sizes = {}
     for name in ("adamw", "adafactor"):
         handle = adapted()
-        optimizer = optimizer_for(handle, "default", name, lr=0.1, weight_decay=0.0)
+        optimizer = optimizer_for(Rule({}, 5), handle.parameters(), name, lr=0.1, weight_decay=0.0)
         steps(handle, optimizer, 1)
         sizes[name] = sum(tensor.numel() for tensor in state_tensors(optimizer, handle.parameters()).values())
     assert sizes["adafactor"] < sizes["adamw"]

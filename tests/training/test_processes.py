@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,25 @@ def launched(count: int, home: Path, *program: str) -> subprocess.CompletedProce
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     return subprocess.run(
         [sys.executable, *launcher, *program],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+def accelerated(home: Path, *program: str) -> subprocess.CompletedProcess[str]:
+    """Start through accelerate, whose own advice goes to stderr; on CPUs it starts several processes with this flag."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(free_port()), *program],
         env=environment(home),
         capture_output=True,
         text=True,
@@ -90,6 +110,26 @@ def test_a_launcher_that_says_too_little_is_told_what_is_missing(monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT, RANK is not set"), joined("cpu"):
         pass
+
+
+@pytest.mark.parametrize(("size", "rank"), [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")])
+def test_the_environment_of_mpirun_counts_where_accelerate_used_it(
+    monkeypatch: pytest.MonkeyPatch, size: str, rank: str
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(size, "2")
+    monkeypatch.setenv(rank, "1")
+    assert not started().several
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert started() == Processes(2, 1)
+
+
+def test_accelerate_that_starts_one_process_for_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="starts only this one unless it goes through mpirun"):
+        started()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -161,3 +201,40 @@ def test_the_command_runs_under_torchrun_and_prints_once(job: Any, tmp_path: Pat
     assert done.stdout.count("Run folder") == 1
     assert done.stderr.count("reading the data") == 1
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_command_runs_under_accelerate_as_under_torchrun(job: Any, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    given = job(tmp_path / "torchrun")
+    more = ["--max-steps", "4", "--lr", "0.005", "--validation", "0.2", "--device", "cpu"]
+    for name in ("torchrun", "accelerate"):
+        program = ["-m", "lorakit", "train", given["model"], given["data"], "-o", str(tmp_path / name), *more]
+        done = launched(2, tmp_path, *program) if name == "torchrun" else accelerated(tmp_path, *program)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Run folder") == 1
+    first, second = (lines(tmp_path / name, "train") for name in ("torchrun", "accelerate"))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+@pytest.mark.slow
+def test_processes_of_mpirun_find_each_other(job: Any, tmp_path: Path) -> None:
+    meeting = {
+        "ACCELERATE_USE_CPU": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PMI_SIZE": "2",
+    }
+    program = [sys.executable, str(Path(__file__).with_name("several.py")), json.dumps(job(tmp_path / "run"))]
+    both = [
+        subprocess.Popen(program, env=environment(tmp_path) | meeting | {"PMI_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in "01"
+    ]
+    ends = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    facts = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert facts["finished"]
+    one = do(1, tmp_path, job(tmp_path / "alone"))
+    assert one.returncode == 0, one.stderr
+    for a, b in zip(lines(tmp_path / "run", "train"), lines(tmp_path / "alone", "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=LOSS_TOLERANCE)

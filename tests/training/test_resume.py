@@ -401,7 +401,8 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_once_there_is_room(
     assert f"adapter so far was saved whole in '{place}'" in message
     assert f"go on with: lorakit resume {place}" in message
     assert open_run(place).spec.labels
-    assert [p.name for p in (place / "checkpoints").iterdir()] == (["step-000004"] if at == 5 else [])
+    left = sorted(p.name for p in (place / "checkpoints").iterdir())
+    assert left == (["step-000002", "step-000004"] if at == 5 else [])
     again = resume(place)
     pairs = zip(whole.handle.parameters().values(), again.handle.parameters().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -38,6 +38,8 @@ class Base:
         revision: the hub commit it came from; None for a folder.
         new_modules: paths of the modules that the checkpoint lacks and the seed filled, e.g.
             ``("classifier",)``. They do not belong to the base's identity and are trained in full.
+        in_full: what of embedding and head a run trains beside its adapter, as ``train_modules`` names it.
+        extended: the tokenizer has tokens that the base was not trained with.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,8 @@ class Base:
     name: str
     revision: str | None
     new_modules: tuple[str, ...]
+    in_full: tuple[str, ...] = ()
+    extended: bool = False
 
 
 def load_base(

@@ -143,6 +143,8 @@ def show_adapter(adapter: AdapterOutline) -> None:
         table.add_row(*(_plain(cell) for cell in row))
     for module in adapter.modules:
         table.add_row(_plain(f"{module.path} (in full)"), "", "", "", "", f"{module.num_parameters:,}")
+    for rows in adapter.rows:
+        table.add_row(_plain(f"{rows.path} (tokens)"), "", "", "", "", f"{rows.num_parameters:,}")
     output.show(table)
 
 

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from lorakit.cli import (
     chat,
+    compress,
     demo,
     evaluate,
     generate,
@@ -91,7 +92,21 @@ def root(
     """Options that come before the command."""
 
 
-for command in (train, resume, preview, plan, evaluate, predict, generate, chat, merge, inspect, spectrum, methods):
+for command in (
+    train,
+    resume,
+    preview,
+    plan,
+    evaluate,
+    predict,
+    generate,
+    chat,
+    merge,
+    inspect,
+    spectrum,
+    compress,
+    methods,
+):
     command.register(app)
 app.add_typer(demo.app, name="demo")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import typer
 
 from lorakit.cli import options, output
@@ -14,14 +17,26 @@ def register(app: typer.Typer) -> None:
 
 def methods(as_json: options.AsJson = False) -> None:
     """List the fine-tuning methods, with the settings a config file can give them."""
-    from lorakit.methods.method import method_types
+    from lorakit.methods.method import aliases_of, method_types
 
-    found = [
-        {"name": kind.name, "about": (kind.__doc__ or "").strip().splitlines()[0], "settings": list(kind.model_fields)}
+    found: list[dict[str, Any]] = [
+        {
+            "name": kind.name,
+            "aliases": {alias: dict(fields) for alias, fields in aliases_of(kind).items()},
+            "about": (kind.__doc__ or "").strip().splitlines()[0],
+            "settings": list(kind.model_fields),
+        }
         for kind in method_types()
     ]
     if as_json:
         output.show_json(found)
         return
     for entry in found:
-        print(f"{entry['name']}\n  {entry['about']}\n  settings: {', '.join(entry['settings'])}")
+        also = "".join(f"\n  also called: {_spelled(*alias)}" for alias in entry["aliases"].items())
+        print(f"{entry['name']}\n  {entry['about']}{also}\n  settings: {', '.join(entry['settings'])}")
+
+
+def _spelled(alias: str, fields: Mapping[str, Any]) -> str:
+    """Write an alias with the settings that it means."""
+    meant = ", ".join(f"{key}={value}" for key, value in fields.items())
+    return f"{alias} (with {meant})" if meant else alias

@@ -59,9 +59,27 @@ TrainForce = Annotated[
     bool | None, typer.Option("--force", help="Replace an existing run folder.", rich_help_panel=RESULT)
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show remarks and the run folder only.", rich_help_panel=RESULT)
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Show remarks, the result on one line and the run folder only.", rich_help_panel=RESULT
+    ),
 ]
-TrainJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel=RESULT)]
+TrainJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the summary as JSON on stdout, and events as lines of JSON on stderr.",
+        rich_help_panel=RESULT,
+    ),
+]
+LogTo = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...",
+        help="Send the metrics to tensorboard (files in RUN/logs), wandb or others that accelerate knows, too.",
+        rich_help_panel=RESULT,
+    ),
+]
 ConfigFile = Annotated[
     str | None,
     typer.Option(
@@ -76,8 +94,25 @@ MethodName = Annotated[
     str | None,
     typer.Option("--method", help="Fine-tuning method; see `lorakit methods`; else lora.", rich_help_panel=WHAT),
 ]
-Rank = Annotated[int | None, typer.Option(help="Rank of each update.", rich_help_panel=WHAT)]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto", help="Rank of each update; 'auto' chooses by layer, within --budget.", rich_help_panel=WHAT
+    ),
+]
 Alpha = Annotated[float | None, typer.Option(help="The update's scale is alpha / rank.", rich_help_panel=WHAT)]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How each update starts: pissa, olora, orthogonal, ...; else kaiming.",
+        rich_help_panel=WHAT,
+    ),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="With --rank auto: numbers of all updates together.", rich_help_panel=WHAT),
+]
 Targets = Annotated[
     str | None,
     typer.Option(
@@ -90,6 +125,22 @@ Layers = Annotated[str | None, typer.Option(help="Blocks to keep: 0-5 or last:4.
 TrainModules = Annotated[
     str | None,
     typer.Option(help="Modules to train in full, beside a new head; comma-separated.", rich_help_panel=WHAT),
+]
+AddTokens = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|A,B,...",
+        help="Tokens that tokenizer and model learn first: a file with one in each line, or a list.",
+        rich_help_panel=WHAT,
+    ),
+]
+TrainVocabulary = Annotated[
+    str | None,
+    typer.Option(
+        metavar="new|full|none",
+        help="Train the rows of new tokens (usual where there are any), all of embedding and head, or none of them.",
+        rich_help_panel=WHAT,
+    ),
 ]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the rows.", rich_help_panel=HOW_LONG)]
 MaxSteps = Annotated[int | None, typer.Option(help="End after so many steps.", rich_help_panel=HOW_LONG)]
@@ -131,7 +182,7 @@ SaveEvery = Annotated[
     ),
 ]
 Keep = Annotated[
-    int | None, typer.Option(help="Checkpoints to keep beside the best; else the last.", rich_help_panel=RESULT)
+    int | None, typer.Option(help="Checkpoints to keep beside the best; else two.", rich_help_panel=RESULT)
 ]
 GradCheckpointing = Annotated[
     bool | None,

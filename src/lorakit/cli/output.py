@@ -45,6 +45,11 @@ def show_json_line(value: Any) -> None:
     print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
 
 
+def say_json(value: Any) -> None:
+    """Write one JSON value on one line to stderr; a number that is not finite becomes null."""
+    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False), file=sys.stderr, flush=True)
+
+
 def say(text: str, prefix: str = "lorakit: ") -> None:
     """Write a line to stderr, unwrapped, so that paths and commands can be copied."""
     print(f"{prefix}{text}", file=sys.stderr, flush=True)

@@ -53,10 +53,14 @@ def plan(
     method: options.MethodName = None,
     rank: options.Rank = None,
     alpha: options.Alpha = None,
+    init: options.Init = None,
+    budget: options.Budget = None,
     targets: options.Targets = None,
     exclude: options.Exclude = None,
     layers: options.Layers = None,
     train_modules: options.TrainModules = None,
+    add_tokens: options.AddTokens = None,
+    train_vocabulary: options.TrainVocabulary = None,
     epochs: options.Epochs = None,
     max_steps: options.MaxSteps = None,
     batch_size: options.BatchSize = None,
@@ -84,15 +88,8 @@ def plan(
 
     given = {name: value for name, value in ctx.params.items() if name not in NOT_SETTINGS}
     settings = flags(given)
-    found = plan_costs(
-        model,
-        data,
-        TrainConfig(**settings),
-        num_rows=rows,
-        length=length,
-        cards=[read_size(size) for size in memory or ()],
-        probing=not no_probe,
-    )
+    wanted, cards = TrainConfig(**settings), [read_size(size) for size in memory or ()]
+    found = plan_costs(model, data, wanted, num_rows=rows, length=length, cards=cards, probing=not no_probe)
     if as_json:
         output.show_json(to_json(found))
         return

@@ -46,6 +46,9 @@ def preview(
         str | None,
         typer.Option(metavar="FIELD=COLUMN,...", help="Columns of other names: prompt=question,completion=answer."),
     ] = None,
+    add_tokens: Annotated[
+        str | None, typer.Option(metavar="FILE|A,B,...", help="Tokens to add, as `lorakit train` takes them.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
     validation: Annotated[
         str, typer.Option(metavar="SHARE|FILE", help="Share of the rows to validate on, or a file.")
@@ -71,6 +74,7 @@ def preview(
         num_shown=rows,
         task=task,
         columns=parse_columns(columns),
+        add_tokens=add_tokens,
         max_length=max_length,
         validation=_share_or_file(validation),
         seed=seed,

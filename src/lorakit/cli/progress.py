@@ -9,24 +9,28 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli import output
+from lorakit.cli.live import SIGNS, WORDS, Figures, Panel, header, measured
 from lorakit.records import Choice, Evaluation
-from lorakit.training.observe import Observer, Step
+from lorakit.training.observe import Observer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.live import Live
     from rich.status import Status
 
-PLAIN_LINES = 10
-"""Lines in a whole training where there is no terminal; more only where one takes longer than a minute."""
+    from lorakit.training.observe import About, Step
 
-SMOOTHING = 0.9
+PLAIN_LINES = 10
+"""Lines in a whole training where there is no terminal; more only where it is a long one."""
+
+PATIENT_LINES = 40
+"""More of them in a long training: one after each such part of its time, but none within a minute of the last."""
 
 
 class Watch(Observer):
     """Watches a run for the command line; use it in a ``with`` block.
 
     Attributes:
-        last: the last optimizer step that was seen.
+        figures: those of the run so far.
         checkpoint: the step of the last checkpoint; None before the first.
         adapter_saved: the adapter itself is in the run folder.
     """
@@ -34,7 +38,7 @@ class Watch(Observer):
     def __init__(self, show_choices: bool = True, quiet: bool = False) -> None:
         """Show everything, or leave out the settings; ``quiet`` leaves remarks and errors alone."""
         self.show_choices = show_choices and not quiet
-        self.last: Step | None = None
+        self.figures = Figures()
         self.checkpoint: int | None = None
         self.adapter_saved = False
         self._stage = ""
@@ -42,10 +46,10 @@ class Watch(Observer):
         self._console.quiet = quiet
         self._live = self._console.is_terminal
         self._status: Status | None = None
-        self._bar: Progress | None = None
-        self._loss = 0.0
-        self._seen = 0
+        self._bar: Live | None = None
         self._said = 0.0
+        # Arrows where the encoding has them; words in what is read later, as a log is.
+        self._signs = SIGNS if self._live and self._console.encoding.startswith("utf") else WORDS
         self._interrupted = False
         self._handler: Any = None
 
@@ -88,6 +92,16 @@ class Watch(Observer):
         output.show(choices_table(choices))
         output.results().file.flush()
 
+    def begins(self, about: About) -> None:
+        """Print what is trained on what."""
+        self.figures.device, self.figures.begun = about.device, time.monotonic()
+        self._clear()
+        lines = header(about)
+        if self._live:
+            self._console.print()
+        for name, text in lines:
+            self._heading(name, text)
+
     def note(self, text: str) -> None:
         """Print a remark."""
         self._clear()
@@ -95,28 +109,21 @@ class Watch(Observer):
 
     def step(self, step: Step) -> None:
         """Draw the step, or print it if one is due."""
-        self._seen += 1
-        weight = min(SMOOTHING, 1 - 1 / self._seen)
-        self._loss = weight * self._loss + (1 - weight) * step.loss
-        self.last = step
+        self.figures.add(step)
         if self._live:
-            self._draw(step)
+            self._draw()
             return
-        tenth = step.step * PLAIN_LINES // step.num_steps
-        due = tenth > (step.step - 1) * PLAIN_LINES // step.num_steps or time.monotonic() - self._said > 60
+        part = step.step * PLAIN_LINES // step.num_steps
+        patience = max(60.0, step.seconds / step.step * step.num_steps / PATIENT_LINES)
+        due = part > (step.step - 1) * PLAIN_LINES // step.num_steps or time.monotonic() - self._said > patience
         if due or step.step == 1:
-            self._line(f"step {step.step:,} of {step.num_steps:,}  {'  '.join(self._figures(step).values())}")
+            figures = "  ".join([*self.figures.texts(self._signs), f"{self.figures.left} left"])
+            self._line(f"step {step.step:,} of {step.num_steps:,}  {figures}")
 
     def evaluation(self, step: int, epoch: float, evaluation: Evaluation, best: bool) -> None:
-        """Print what the held-out rows say."""
-        words = f"epoch {epoch:.3g}: validation loss {evaluation.loss:.3f}"
-        if evaluation.perplexity is not None:
-            words += f", perplexity {evaluation.perplexity:,.4g}"
-        elif evaluation.accuracy is not None:
-            words += f", accuracy {100 * evaluation.accuracy:.1f} %"
-        if evaluation.macro_f1 is not None:
-            words += f", macro-F1 {evaluation.macro_f1:.3f}"
-        self._line(words + (" (best so far)" if best else ""))
+        """Print what the held-out rows say; on a terminal the line stays above the bar."""
+        self.figures.held_out.append(evaluation.loss)
+        self._line(measured(epoch, evaluation, best, self._signs[self.figures.held_out_direction].strip()))
 
     def resumes(self, step: int, num_steps: int) -> None:
         """Say where the run goes on."""
@@ -130,41 +137,36 @@ class Watch(Observer):
     def training_ends(self) -> None:
         """Take the bar away; say so if the run was interrupted."""
         self._clear()
-        if self.last is not None and self.last.step < self.last.num_steps:
-            self._line(f"interrupted after step {self.last.step:,} of {self.last.num_steps:,}")
+        last = self.figures.last
+        if last is not None and last.step < last.num_steps:
+            self._line(f"interrupted after step {last.step:,} of {last.num_steps:,}")
 
-    def _figures(self, step: Step) -> dict[str, str]:
-        left = round((step.num_steps - step.step) * step.seconds / step.step)
-        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
-        return {
-            "loss": f"loss {self._loss:.3f}",
-            "lr": f"lr {step.lr:.1e}",
-            "speed": f"{step.tokens_per_s:,.0f} tokens/s",
-            "left": f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left",
-        }
-
-    def _draw(self, step: Step) -> None:
-        figures: dict[str, Any] = self._figures(step)
+    def _draw(self) -> None:
         if self._bar is None:
             self._clear()
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.live import Live
 
-            columns = [TextColumn(f"{{task.fields[{name}]}}") for name in figures]
-            self._bar = Progress(
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                *columns,
-                console=self._console,
-                transient=True,
-                expand=True,
-            )
+            panel: Any = Panel(self.figures, self._signs)
+            self._bar = Live(panel, console=self._console, transient=True, refresh_per_second=8)
             self._bar.start()
-            self._bar.add_task("training", total=step.num_steps, **figures)
-        self._bar.update(self._bar.task_ids[0], completed=step.step, **figures)
+
+    def _heading(self, name: str, text: str) -> None:
+        """Print a line of the header; on a terminal its further lines stand below its first."""
+        if not self._live:
+            self._line(f"{name}: {text}")
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", min_width=6, no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(Text(name), Text(text))
+        self._console.print(grid)
 
     def _line(self, text: str) -> None:
         self._said = time.monotonic()
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, soft_wrap=not self._live)
 
     def _clear(self) -> None:
         for shown in (self._status, self._bar):

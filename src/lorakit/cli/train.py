@@ -44,10 +44,14 @@ def train(
     method: options.MethodName = None,
     rank: options.Rank = None,
     alpha: options.Alpha = None,
+    init: options.Init = None,
+    budget: options.Budget = None,
     targets: options.Targets = None,
     exclude: options.Exclude = None,
     layers: options.Layers = None,
     train_modules: options.TrainModules = None,
+    add_tokens: options.AddTokens = None,
+    train_vocabulary: options.TrainVocabulary = None,
     epochs: options.Epochs = None,
     max_steps: options.MaxSteps = None,
     lr: options.LearningRate = None,
@@ -62,6 +66,7 @@ def train(
     patience: options.Patience = None,
     save_every: options.SaveEvery = None,
     keep: options.Keep = None,
+    log_to: options.LogTo = None,
     seed: options.Seed = None,
     validation: options.Validation = None,
     columns: options.Columns = None,
@@ -88,13 +93,15 @@ def train(
 
 def watched(run: Callable[[Watch], FitResult], output_: str, as_json: bool, quiet: bool = False) -> None:
     """Run a training, or the rest of one, and print what it found; an interrupted one says how to go on."""
+    from lorakit.cli.machine import JsonWatch
     from lorakit.cli.progress import Watch
     from lorakit.records import to_json
+    from lorakit.reports.comparison import in_one_line
     from lorakit.reports.html import write_report
     from lorakit.training.processes import started
 
     main = started().main
-    watch = Watch(show_choices=not as_json, quiet=quiet)
+    watch = JsonWatch() if as_json and not quiet else Watch(show_choices=not as_json, quiet=quiet)
     try:
         with watch if main else contextlib.nullcontext():
             result = run(watch)
@@ -113,6 +120,7 @@ def watched(run: Callable[[Watch], FitResult], output_: str, as_json: bool, quie
     if as_json:
         output.show_json({**to_json(result.summary), "run": str(result.folder), "report": str(report)})
     elif quiet:
+        output.say(in_one_line(result.summary), prefix="")
         print(result.folder)
     else:
         show(result.summary, result.folder, report)
@@ -137,6 +145,8 @@ def flags(given: dict[str, Any]) -> dict[str, Any]:
     for name in LISTS:
         if name in values:
             values[name] = options.split_names(values[name])
+    if str(values.get("rank", "")).isdecimal():
+        values["rank"] = int(values["rank"])
     if "columns" in values:
         values["columns"] = parse_columns(values["columns"])
     if "validation" in values:
@@ -194,9 +204,12 @@ def default_output(model: str, data: str) -> str:
 
 def show(summary: RunSummary, folder: Path, report: Path) -> None:
     """Print what a run found, where everything is, and what to do next."""
+    from lorakit.reports.html import read_run
     from lorakit.reports.tables import samples_table, summary_table
 
-    output.show(summary_table(summary), *([samples_table(summary.samples)] if summary.samples else []))
+    output.show(
+        summary_table(summary, read_run(folder)[1]), *([samples_table(summary.samples)] if summary.samples else [])
+    )
     run = shlex.quote(str(folder))
     use = f"lorakit predict {run} --text '...'" if summary.labels else f"lorakit generate {run} '...'"
     merged = shlex.quote(f"{folder}-merged")

@@ -330,6 +330,15 @@ def headline(summary: RunSummary) -> str:
     )
 
 
+def in_one_line(summary: RunSummary) -> str:
+    """Say the result and what it took on one line."""
+    first = measures(summary)[0]
+    steps = wording.plural(summary.num_steps, "step")
+    return (
+        f"{first.name}: {first.texts[0]} before, {first.texts[-1]} after {steps} in {wording.duration(summary.seconds)}"
+    )
+
+
 def caution(summary: RunSummary) -> str | None:
     """Say so where the adapter did not pay: it is no better than the base or than a linear probe."""
     before, after, probe = summary.before, summary.after, summary.probe
@@ -338,10 +347,27 @@ def caution(summary: RunSummary) -> str | None:
     if after.accuracy is None:
         return None
     if probe is not None and probe.accuracy is not None and after.accuracy <= probe.accuracy:
-        return "A linear probe on the frozen base does as well: this adapter does not pay on this data."
+        return f"{against_probe(summary)} This adapter does not pay on this data."
     if before.accuracy is not None and after.accuracy <= before.accuracy:
         return "The accuracy did not rise: this adapter does not help on this data."
     return None
+
+
+def against_probe(summary: RunSummary) -> str | None:
+    """Say whether a linear probe is better than the adapter, as good or worse, by how much; None without a probe."""
+    after, probe = summary.after, summary.probe
+    if probe is None or probe.accuracy is None or after.accuracy is None:
+        return None
+    if probe.accuracy == after.accuracy:
+        both = wording.percent(probe.accuracy)
+        return f"A linear probe on the frozen base does as well: both label {both} of the held-out rows correctly."
+    difference = abs(after.accuracy - probe.accuracy)
+    word = "better" if probe.accuracy > after.accuracy else "worse"
+    figures = f"{wording.percent(probe.accuracy)} against {wording.percent(after.accuracy)}"
+    by = f"{wording.plural(round(difference * after.num_rows), 'row')} of {wording.count(after.num_rows)}"
+    low, high = wilson_interval(after.accuracy, max(1, after.num_rows))
+    chance = "; so few rows may be chance" if low <= probe.accuracy <= high else ""
+    return f"A linear probe on the frozen base does {word}: {figures}, a difference of {by}{chance}."
 
 
 def confusions(evaluation: Evaluation, labels: tuple[str, ...], limit: int = 5) -> list[tuple[str, str, int]]:

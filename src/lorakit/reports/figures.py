@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.records import Evaluation, LayerSpectrum, RunSummary
 from lorakit.reports import comparison, panels, wording
-from lorakit.reports.layers_panel import draw_spectrum, has_depth, heights
+from lorakit.reports.layers_panel import draw_quarter, draw_spectrum, has_depth, heights
 from lorakit.reports.panels import Metrics
 from lorakit.reports.spectrum import learned_layers
 from lorakit.reports.theme import LIGHT, TICKS_AT_MOST, ImageKind, Theme, new_figure, to_bytes
@@ -71,7 +71,7 @@ def overview_picture(summary: RunSummary, metrics: Metrics, theme: Theme = LIGHT
     figure = new_figure(16.0, 9.0, theme)
     steps = wording.plural(summary.num_steps, "step")
     figure.suptitle(
-        f"{wording.method_name(summary.method)} on {wording.shortened(summary.model, 60)}: "
+        f"{wording.method_name(summary.method)} on {wording.model_name(summary.model)}: "
         f"{steps} in {wording.duration(summary.seconds)}",
         x=0.016,
         ha="left",
@@ -85,12 +85,12 @@ def overview_picture(summary: RunSummary, metrics: Metrics, theme: Theme = LIGHT
         loss, scores = _parts(left, theme, 2, 1, (1.0, 1.05))
         confusion, learned = _parts(right, theme, 2, 1, (1.0, 1.05))
         panels.draw_confusion(confusion, summary.after, summary.labels, theme)
+        draw_quarter(learned, summary.spectra, theme)
     else:
         loss, scores = _parts(left, theme, 2, 1, (1.25, 1.0))
-        learned = right
+        draw_spectrum(right, summary.spectra, theme)
     panels.draw_loss(loss, metrics, theme, loss_unit(summary), comparison.best_step(summary, metrics))
     panels.draw_scores(scores, summary, theme)
-    draw_spectrum(learned, summary.spectra, theme)
     return to_bytes(figure)
 
 

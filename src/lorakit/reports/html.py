@@ -13,7 +13,7 @@ from typing import Any
 from lorakit.errors import ConfigError, RunFolderError, bullet_list
 from lorakit.files import write_text
 from lorakit.records import RunSummary, Sample, from_json
-from lorakit.reports import comparison, figures, page, spectrum, wording
+from lorakit.reports import comparison, costs, figures, page, spectrum, wording
 from lorakit.reports.reproduction import CONFIG_FILE, reproduction
 from lorakit.reports.theme import Theme
 from lorakit.training.config import read_config
@@ -134,21 +134,27 @@ def render_report(
     mistakes = comparison.confusions(summary.after, summary.labels) if classes else []
     warnings = comparison.warnings(metrics)
     warned = {text for _, text in warnings}
+    caution = comparison.caution(summary)
     command, remark = reproduction(settings, run_name)
     return page.render(
         "report.html.j2",
         summary=summary,
         classes=classes,
+        model=wording.model_name(summary.model),
         method=wording.method_name(summary.method),
         settings=wording.method_settings(summary.method),
         data=(settings or {}).get("data"),
         headline=comparison.headline(summary),
-        caution=comparison.caution(summary),
+        caution=caution,
         tiles=_tiles(summary),
         models=[column for column, _ in comparison.models(summary)],
         measures=comparison.measures(summary),
         class_rows=comparison.class_rows(summary) if classes else [],
         facts=_facts(summary, metrics),
+        probe=None if caution is not None else comparison.against_probe(summary),
+        costs=costs.cost_rows(summary, metrics),
+        cost_parts=costs.part_rows(metrics),
+        cost_remark=costs.plan_remark(metrics),
         evaluation_names=comparison.evaluation_names(summary),
         evaluations=_evaluation_rows(summary, metrics),
         answers=comparison.answers_on_the_way(metrics),

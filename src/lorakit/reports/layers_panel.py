@@ -35,6 +35,9 @@ _BLOCKS_AT_LEAST = 3
 _KINDS_AT_MOST = 40
 _CELLS_WITH_NUMBERS = 8
 _NAME_LENGTH = 26
+_SMALLEST_TEXT = 5.0
+_AROUND_A_MAP = 1.7
+"""Inches above and below a map that its title, its axis and its colour scale take."""
 _CURVES_NAMED = 14
 _LINES = ("-", "--")
 # Beside the theme's three: of a middle lightness, so that they can be seen on light and on dark.
@@ -88,6 +91,15 @@ def draw_spectrum(figure: FigureBase, spectra: Sequence[LayerSpectrum], theme: T
         draw_bars(figure, layers, theme)
 
 
+def draw_quarter(figure: FigureBase, spectra: Sequence[LayerSpectrum], theme: Theme) -> None:
+    """Draw as much of it as a quarter of a page holds: the maps without the curves, or the list."""
+    layers = learned_layers(spectra)
+    if has_depth(layers):
+        draw_maps(figure, layers, usual_maps(layers), theme)
+    else:
+        draw_spectrum(figure, spectra, theme)
+
+
 def heights(layers: Sequence[LearnedLayer]) -> tuple[float, float]:
     """Return the heights in inches that maps and curves read best at."""
     return 1.7 + 0.33 * max(4, len(by_kind(layers))), 3.4
@@ -113,19 +125,29 @@ def draw_maps(
     rows = math.ceil(len(maps) / columns)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     names = short_names([group.name for group in kinds], _NAME_LENGTH)
+    size = _row_size(figure, rows, len(kinds))
     for place, axes in enumerate(panels.flat):
         if place >= len(maps):
             axes.set_visible(False)
             continue
         style_axes(axes, theme)
-        _draw_map(figure, axes, kinds, maps[place], theme)
+        _draw_map(figure, axes, kinds, maps[place], theme, size)
         axes.tick_params(axis="y", labelleft=place % columns == 0, labelcolor=theme.text)
         axes.tick_params(axis="x", labelbottom=place + columns >= len(maps))
         if place + columns >= len(maps):
             set_axis_labels(axes, theme, x="block")
-    labels = [_row_label(group, names[group.name]) for group in kinds]
-    size = TICK_SIZE if len(kinds) <= 16 else TICK_SIZE - 2
-    panels[0][0].set_yticks(range(len(kinds)), labels, parse_math=False, fontsize=size)
+    shown = range(0, len(kinds), max(1, math.ceil(_SMALLEST_TEXT / size)))
+    labels = [_row_label(kinds[index], names[kinds[index].name]) for index in shown]
+    panels[0][0].set_yticks(shown, labels, parse_math=False, fontsize=max(size, _SMALLEST_TEXT))
+
+
+def _row_size(figure: Any, rows_of_maps: int, num_kinds: int) -> float:
+    """Return the size in points at which labels of neighbouring rows do not touch; it may be too small to be read."""
+    from matplotlib.figure import Figure
+
+    whole = figure if isinstance(figure, Figure) else figure.figure
+    height = float(figure.bbox.height) / whole.dpi / rows_of_maps - _AROUND_A_MAP
+    return min(TICK_SIZE, 0.85 * 72.0 * max(height, 0.1) / num_kinds)
 
 
 def _row_label(group: LayerGroup, name: str) -> str:
@@ -133,7 +155,9 @@ def _row_label(group: LayerGroup, name: str) -> str:
     return drawn_label(name, _NAME_LENGTH + 4) + (" (no block)" if outside else "")
 
 
-def _draw_map(figure: FigureBase, axes: Axes, kinds: Sequence[LayerGroup], shown: LayerMap, theme: Theme) -> None:
+def _draw_map(
+    figure: FigureBase, axes: Axes, kinds: Sequence[LayerGroup], shown: LayerMap, theme: Theme, size: float
+) -> None:
     values, blocks = _cells(kinds, shown.read)
     known = [value for row in values for value in row if not math.isnan(value)]
     low, high = _ends(known)
@@ -147,11 +171,11 @@ def _draw_map(figure: FigureBase, axes: Axes, kinds: Sequence[LayerGroup], shown
     if not known:
         say_nothing_here(axes, theme, "not\nknown")
         return
-    if len(blocks) <= _CELLS_WITH_NUMBERS:
+    if len(blocks) <= _CELLS_WITH_NUMBERS and size >= _SMALLEST_TEXT:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 if not math.isnan(value):
-                    _write_cell(axes, image, column, row, value, shown.write)
+                    _write_cell(axes, image, column, row, shown.write(value), value, min(size, TICK_SIZE - 2))
     bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.06, pad=0.02, aspect=30)
     bar.ax.tick_params(colors=theme.muted, labelsize=TICK_SIZE - 1, length=0)
     bar.locator = _few_ticks()
@@ -170,11 +194,11 @@ def _few_ticks() -> Any:
     return MaxNLocator(4)
 
 
-def _write_cell(axes: Axes, image: Any, x: int, y: int, value: float, write: Callable[[float], str]) -> None:
+def _write_cell(axes: Axes, image: Any, x: int, y: int, text: str, value: float, size: float) -> None:
     """Write a value into its cell, dark on light colours and light on dark ones."""
     red, green, blue, _ = image.cmap(image.norm(value))
     ink = "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-    axes.text(x, y, write(value), ha="center", va="center", color=ink, fontsize=TICK_SIZE - 2)
+    axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=size)
 
 
 def _cells(kinds: Sequence[LayerGroup], read: Read) -> tuple[list[list[float]], list[int]]:

@@ -76,6 +76,7 @@ def draw_loss(
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     bottom.yaxis.get_offset_text().set(color=theme.muted, fontsize=TICK_SIZE - 1)
     bottom.locator_params(axis="y", nbins=2)
+    bottom.locator_params(axis="x", integer=True)
     set_axis_labels(bottom, theme, x="optimizer step", y="learning\nrate")
     figure.align_ylabels([top, bottom])
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from lorakit.errors import ConfigError
 from lorakit.methods import find_method
-from lorakit.training.config import RunConfig, TrainConfig
+from lorakit.training.config import SHORTHANDS, RunConfig, TrainConfig
 
 CONFIG_FILE = "config.yaml"
-_NOT_AS_FLAGS = ("method", "rank", "alpha", "output", "force")
+_NOT_AS_FLAGS = ("method", "output", "force", *SHORTHANDS)
 
 
 def reproduction(settings: Mapping[str, Any] | None, run_name: str) -> tuple[str | None, str]:
@@ -57,17 +57,19 @@ def _flags(config: RunConfig) -> list[str] | None:
 
 
 def _method_flags(config: RunConfig) -> list[str] | None:
-    """Return name, rank and alpha of the method as flags; None where its other fields are not the usual ones."""
+    """Return the method's name and shorthands as flags; None where its other fields are not the usual ones."""
     try:
         wanted = config.resolved_method().summary()
         usual = find_method(str(wanted["name"])).summary()
-        changed = {name: wanted[name] for name in ("rank", "alpha") if wanted.get(name) != usual.get(name)}
+        changed = {name: wanted[name] for name in SHORTHANDS if wanted.get(name) != usual.get(name)}
+        if "init" in changed:
+            changed["init"] = changed["init"]["name"]
         if find_method({"name": wanted["name"], **changed}).summary() != wanted:
             return None
     except ConfigError:
         return None
     method = [] if wanted["name"] == TrainConfig.model_fields["method"].default else ["--method", str(wanted["name"])]
-    return [*method, *(word for name, value in changed.items() for word in (f"--{name}", _number(value)))]
+    return [*method, *(word for name, value in changed.items() for word in (f"--{name}", _word(value)))]
 
 
 def _flag_text(name: str, value: Any) -> str | None:
@@ -76,7 +78,7 @@ def _flag_text(name: str, value: Any) -> str | None:
         return None
     if name == "columns":
         return _listed([f"{field}={column}" for field, column in value.items()])
-    if name == "train_modules" and isinstance(value, list):
+    if name in ("train_modules", "add_tokens") and isinstance(value, list):
         return _listed(value)
     if isinstance(value, list) or name == "train_modules":
         return None
@@ -87,6 +89,10 @@ def _listed(items: list[str]) -> str | None:
     """Write items parted by commas; None where they would not be read back as they are."""
     whole = items and all(item and item == item.strip() and "," not in item for item in items)
     return ",".join(items) if whole else None
+
+
+def _word(value: float | str) -> str:
+    return value if isinstance(value, str) else _number(value)
 
 
 def _number(value: float) -> str:

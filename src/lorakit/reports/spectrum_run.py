@@ -114,7 +114,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _read(folder: Path) -> AdapterState:
     check_adapter_folder(folder)
     state = read_adapter(folder)
-    if not any("A" in site.tensors for site in state.sites.values()):
+    if not any({"A", "d"} & site.tensors.keys() for site in state.sites.values()):
         raise InputError(f"'{folder}' has no low-rank update to look into: it trains {_contents(state)}.")
     return state
 
@@ -125,7 +125,7 @@ def _contents(state: AdapterState) -> str:
 
 def _pairs(folder: Path, state: AdapterState) -> dict[str, Pair]:
     """Return the factors by layer path, from the adapter's tensors alone."""
-    found = {path: low_rank_pair(state.method, path, site) for path, site in state.sites.items()}
+    found = {path: low_rank_pair(state.method, path, site, shared=state.shared) for path, site in state.sites.items()}
     known = {path: pair for path, pair in found.items() if pair is not None}
     if len(known) < len(found):
         raise InputError(
@@ -229,7 +229,7 @@ def _notes(state: AdapterState, other: AdapterState | None, *, read: bool) -> It
     if read and state.identity is None:
         yield "The adapter's file does not say which base it belongs to: that these are its weights is unverified."
     for one in (state, other) if other is not None else (state,):
-        beside = sorted({name for site in one.sites.values() for name in site.tensors} - {"A", "B"})
+        beside = sorted({name for site in one.sites.values() for name in site.tensors} - {"A", "B", "d", "b"})
         if beside:
             which = "The other adapter's" if one is other else "The"
             yield (

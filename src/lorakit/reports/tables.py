@@ -6,7 +6,8 @@ never as markup.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakit.records import Choice, Evaluation, RunSummary, Sample
-from lorakit.reports import comparison, wording
+from lorakit.reports import comparison, costs, wording
 
 _LABEL_LENGTH = 32
 _SAMPLE_LENGTH = 400
@@ -23,8 +24,13 @@ _SHORT_ANSWER = 30
 _MARKS = {True: ("yes", "green"), False: ("NO", "bold red"), None: ("-", "dim")}
 
 
-def summary_table(summary: RunSummary) -> RenderableType:
-    """Lay out a finished run: models side by side, F1 per class, facts, and what was proven."""
+def summary_table(summary: RunSummary, metrics: Sequence[Mapping[str, Any]] = ()) -> RenderableType:
+    """Lay out a finished run: models side by side, F1 per class, facts, plan and cost, and what was proven.
+
+    Args:
+        summary: what the run reports.
+        metrics: the lines of ``metrics.jsonl``, which say what was planned.
+    """
     parts: list[RenderableType] = []
     if not summary.finished:
         parts.append(Text("Interrupted: these are the results of the adapter so far.", style="bold yellow"))
@@ -32,6 +38,9 @@ def summary_table(summary: RunSummary) -> RenderableType:
     if comparison.is_classification(summary) and summary.after.classes:
         parts.append(_class_table(summary))
     parts.append(_facts_table(summary))
+    rows = costs.cost_rows(summary, metrics)
+    if rows:
+        parts.append(_cost_table(rows))
     parts.append(_proof_table(summary))
     warning = comparison.caution(summary)
     if warning is not None:
@@ -90,6 +99,16 @@ def _facts_table(summary: RunSummary) -> Table:
     table.add_column(style="dim", overflow="fold")
     for fact in comparison.facts(summary):
         table.add_row(fact.name, fact.value, fact.detail)
+    return table
+
+
+def _cost_table(rows: Sequence[costs.CostRow]) -> Table:
+    table = _plain_table("Planned and measured")
+    table.add_column("", overflow="fold")
+    for heading in ("planned", "measured", "difference"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.name, row.planned, row.measured, Text(row.difference, style="dim"))
     return table
 
 

@@ -81,6 +81,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def model_name(name: str) -> str:
+    """Write a model's name as a title: a hub's name whole, of a long path its last two folders.
+
+    >>> model_name("/data/some/where/models/tiny-llama")
+    '…/models/tiny-llama'
+    """
+    parts = name.rstrip("/").split("/")
+    return name if len(parts) <= 3 and len(name) <= 60 else shortened("…/" + "/".join(parts[-2:]), 60)
+
+
 def shortened(text: str, length: int) -> str:
     """Cut ``text`` to ``length`` characters, the last one an ellipsis where something was cut."""
     return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"

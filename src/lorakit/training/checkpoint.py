@@ -80,7 +80,7 @@ class Checkpoints:
         keep: how many of the last are kept, beside the best.
     """
 
-    def __init__(self, run: Path, keep: int = 1) -> None:
+    def __init__(self, run: Path, keep: int = 2) -> None:
         self.folder, self.keep = run / FOLDER, keep
 
     def write(

@@ -8,8 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from lorakit.errors import ConfigError, did_you_mean
-from lorakit.methods import Method, find_method, method_names
+from lorakit.errors import ConfigError, did_you_mean, quoted
+from lorakit.inits import find_init
+from lorakit.methods import Method, find_method
+from lorakit.methods.lora import RankOrAuto
+from lorakit.methods.method import type_named
 from lorakit.settings import Settings
 from lorakit.training.schedule import WARMUP_SHARE
 from lorakit.training.tasks import task_names
@@ -19,6 +22,9 @@ Count = Annotated[int, Field(ge=1)]
 OptimizerName = Literal["adamw", "sgd", "adafactor"]
 ScheduleName = Literal["linear", "cosine", "constant"]
 
+SHORTHANDS = ("rank", "alpha", "init", "budget")
+"""Fields of the method that may stand beside it."""
+
 
 class TrainConfig(Settings):
     """The settings of a run; the command line's flags, the YAML file's keys and ``fit``'s arguments.
@@ -26,9 +32,12 @@ class TrainConfig(Settings):
     Attributes:
         task: a task's name, such as 'classification'; None reads it off the columns.
         method: a method's name, or its name and fields.
-        rank, alpha: shorthands for the method's fields.
+        rank, alpha, init, budget: shorthands for the method's fields.
         targets, exclude, layers: which layers, as ``lorakit.attach`` takes them.
         train_modules: modules trained in full, beside a new head.
+        add_tokens: tokens that the tokenizer and the model learn first; also a file with one in each line.
+        train_vocabulary: what of embedding and head is trained beside the adapter: the rows of 'new' tokens, which is
+            usual where there are any, all of them in 'full', or 'none'.
         columns: which column of the rows is which field, where their names do not say: ``{"prompt": "question"}``.
         epochs: passes over the training rows; ``max_steps`` ends the run earlier.
         lr: peak learning rate.
@@ -40,7 +49,7 @@ class TrainConfig(Settings):
         weight_decay, clip_norm: of the optimizer, and the largest gradient norm.
         eval_every: steps between two evaluations on the validation rows; None takes the epochs.
         save_every: steps between two checkpoints; None saves after each evaluation and every ten minutes.
-        keep: how many of the last checkpoints are kept, beside the best.
+        keep: how many of the last checkpoints are kept, beside the best: with two, a damaged one has one before it.
         patience: end the run after so many evaluations without a better one; None goes on to the end.
         grad_checkpointing: save memory by computing activations twice.
         compile: run the model through ``torch.compile``.
@@ -49,17 +58,22 @@ class TrainConfig(Settings):
         dtype: of the base's weights: 'fp32', 'bf16', 'fp16'; ``device``: 'cpu', 'cuda', ...
         seed: of the split, the order, the head and the adapter.
         revision, trust_remote_code: for models from a hub.
+        log_to: trackers that get the metrics too, by accelerate's names for them: 'tensorboard', 'wandb', ...
         output: the run folder; ``force`` replaces an existing one.
     """
 
     task: str | None = None
     method: str | dict[str, Any] = "lora"
-    rank: Count | None = None
+    rank: RankOrAuto | None = None
     alpha: Positive | None = None
+    init: str | dict[str, Any] | None = None
+    budget: Count | None = None
     targets: str | list[str] = "all-linear"
     exclude: str | list[str] | None = None
     layers: str | list[int] | None = None
     train_modules: str | list[str] = Field(default_factory=list)
+    add_tokens: list[str] | None = None
+    train_vocabulary: Literal["new", "full", "none"] | None = None
     columns: dict[str, str] | None = None
     epochs: Positive | None = None
     max_steps: Count | None = None
@@ -74,7 +88,7 @@ class TrainConfig(Settings):
     clip_norm: Positive = 1.0
     eval_every: Count | None = None
     save_every: Count | None = None
-    keep: Count = 1
+    keep: Count = 2
     patience: Count | None = None
     grad_checkpointing: bool = False
     compile: bool = False
@@ -85,6 +99,7 @@ class TrainConfig(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     revision: str | None = None
     trust_remote_code: bool = False
+    log_to: str | list[str] | None = None
     output: str | None = None
     force: bool = False
 
@@ -101,6 +116,20 @@ class TrainConfig(Settings):
             raise ValueError(f"no task '{value}'.{near} Known: {', '.join(task_names())}")
         return value
 
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any) -> Any:
+        if isinstance(value, (str, Path)):
+            value = parse_tokens(str(value))
+        if isinstance(value, (list, tuple)):
+            value = list(value)
+            twice = sorted({str(token) for token in value if value.count(token) > 1})
+            if not value or "" in value:
+                raise ValueError("there is no token in it; give one per line, or leave the setting out")
+            if twice:
+                raise ValueError(f"twice the same token: {quoted(twice)}. Name each once")
+        return value
+
     @field_validator("warmup", mode="after")
     @classmethod
     def _whole_steps(cls, value: float) -> float:
@@ -113,9 +142,21 @@ class TrainConfig(Settings):
     def _known_method(cls, value: Any) -> Any:
         """Refuse an unknown method together with whatever else is wrong."""
         name = value if isinstance(value, str) else str(value.get("name", ""))
-        if name.lower() not in [known.lower() for known in method_names()]:
-            near = did_you_mean(name, method_names())
-            raise ValueError(f"no method '{name}'.{near} Known: {', '.join(method_names())}")
+        try:
+            type_named(name)
+        except ConfigError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+        return value
+
+    @field_validator("init", mode="after")
+    @classmethod
+    def _known_init(cls, value: Any) -> Any:
+        """Refuse an unknown init together with whatever else is wrong."""
+        try:
+            if value is not None:
+                find_init(value)
+        except ConfigError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
         return value
 
     @field_validator("validation", mode="before")
@@ -144,7 +185,7 @@ class TrainConfig(Settings):
         Raises:
             ConfigError: no such method, or a field it does not have.
         """
-        shorthands = {k: v for k, v in (("rank", self.rank), ("alpha", self.alpha)) if v is not None}
+        shorthands = {name: value for name in SHORTHANDS if (value := getattr(self, name)) is not None}
         given = {"name": self.method} if isinstance(self.method, str) else dict(self.method)
         twice = sorted(set(shorthands) & set(given))
         if twice:
@@ -162,6 +203,23 @@ class RunConfig(TrainConfig):
 
     model: str | None = None
     data: str | None = None
+
+
+def parse_tokens(value: str) -> list[str]:
+    """Read tokens from a text file, one in each line, or from a list with commas.
+
+    Raises:
+        ValueError: a file that is not there, or that is not UTF-8 text.
+    """
+    file = Path(value).expanduser()
+    if file.is_file():
+        try:
+            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise ValueError(f"'{value}' is not UTF-8 text; give a file with one token per line") from None
+    if file.suffix == ".txt" or (value.strip() and file.is_dir()):
+        raise ValueError(f"there is no file '{value}'; give a file with one token per line, or tokens with commas")
+    return [token.strip() for token in value.split(",") if token.strip()]
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -97,8 +97,12 @@ class Diary:
         self.observer.step(step)
         self._tell(diagnosis.after_step(self._history, self.plan.setting))
 
-    def evaluation(self, found: Evaluation, state: Callable[[], AdapterState], samples: Sequence[Sample]) -> bool:
+    def evaluation(
+        self, found: Evaluation, state: Callable[[], AdapterState], samples: Sequence[Sample], settled: bool = True
+    ) -> bool:
         """Note what was measured, keep the adapter if none was better, and return whether that is so.
+
+        One that is not ``settled`` is of another size than the run is to end with: it is neither kept nor counted.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -107,11 +111,12 @@ class Diary:
         broken = diagnosis.broken_evaluation(found, progress.step)
         if broken is not None:
             raise TrainingError(broken.text)
-        best = progress.best_measure is None or self.goodness(found) > self.goodness(progress.best_measure)
+        before = progress.best_measure
+        best = settled and (before is None or self.goodness(found) > self.goodness(before))
         if best:
             self.best = state()
             progress.best_step, progress.best_measure, progress.since_best = progress.step, found, 0
-        else:
+        elif settled:
             progress.since_best += 1
         progress.unmeasured = False
         self._measured.append((progress.step, found))
@@ -159,6 +164,12 @@ class Diary:
             self.remark(finding.name, finding.text)
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        if not self.metrics:
+            for first in self.keeper.opening():
+                self._append(first)
+        self._append(line)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
         self.metrics.append(dict(line))
         self.progress.num_lines += 1
         self.keeper.log(line)

@@ -38,17 +38,7 @@ def fit_micro_batch(
             recipe.micro_batch = recipe.batch_size
             recipe.say("micro_batch", recipe.micro_batch, f"{free / 2**30:.1f} GiB are free: far more than needed")
         return
-    pad = base.tokenizer.pad_token_id
-    setup = Setup(
-        base.model.config,
-        parameter.dtype,
-        spec,
-        method,
-        config.attaching(["head"] if spec.labels else []),
-        dataclasses.replace(plan_of(config, recipe), compile=False),
-        pad if isinstance(pad, int) else 0,
-        config.trust_remote_code,
-    )
+    setup = setup_of(config, recipe, base, spec, method)
     own = sum(p.numel() * p.element_size() for p in base.model.parameters())
     try:
         micro, parts = fitting_micro_batch(setup, longest, recipe.batch_size, free + own)
@@ -58,3 +48,18 @@ def fit_micro_batch(
     recipe.micro_batch = micro
     reason = f"the longest {micro:,} rows fit into {free / 2**30:.1f} GiB"
     recipe.say("micro_batch", micro, f"{reason}; {parts} make a batch" if parts > 1 else reason)
+
+
+def setup_of(config: TrainConfig, recipe: Recipe, base: Base, spec: TaskSpec, method: Method) -> Setup:
+    """Return what to simulate for a run whose base is loaded."""
+    pad = base.tokenizer.pad_token_id
+    return Setup(
+        base.model.config,
+        next(base.model.parameters()).dtype,
+        spec,
+        method,
+        config.attaching([*(base.new_modules or (["head"] if spec.labels else [])), *base.in_full]),
+        dataclasses.replace(plan_of(config, recipe), compile=False),
+        pad if isinstance(pad, int) else 0,
+        config.trust_remote_code,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,10 @@ class Keeper:
     """
 
     saves = False
+
+    def opening(self) -> Sequence[Mapping[str, Any]]:
+        """Return the lines of metrics that a new run begins with."""
+        return ()
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Take a line of metrics."""

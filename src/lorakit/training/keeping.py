@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorakit.records import Planned, to_json
 from lorakit.training.checkpoint import Checkpoints, Facts
 from lorakit.training.keeper import Keeper, Snapshot
 from lorakit.training.observe import Observer
@@ -26,9 +27,18 @@ class FolderKeeper(Keeper):
         revision: str | None,
         base_name: str,
         observer: Observer,
+        planned: Planned | None = None,
     ) -> None:
+        """Keep a run's metrics, what was ``planned`` for it as their first line, and its checkpoints."""
         self.folder, self.checkpoints, self.observer = folder, checkpoints, observer
         self.facts, self.spec, self.revision, self.base_name = facts, spec, revision, base_name
+        self.planned = planned
+
+    def opening(self) -> Sequence[Mapping[str, Any]]:
+        """Return what was planned, as a line."""
+        if self.planned is None:
+            return ()
+        return ({"kind": "plan", "step": 0, "loss": None, **to_json(self.planned)},)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line of metrics."""

@@ -97,7 +97,7 @@ class _Loop:
         self.lengths = [task.size(row) for row in rows]
         per_epoch = len(BatchOrder(self.lengths, plan.batch_size, plan.seed))
         self.diary = Diary(plan, per_epoch, observer, keeper, task.goodness)
-        self.stepper = Stepper(handle, name, task, collate, plan, processes, self._backed_off)
+        self.stepper = Stepper(handle, name, task, collate, plan, processes, self._told)
         self.order: tuple[int, list[list[int]]] | None = None
         self.boundary: Randomness | None = None
         self.saved: tuple[int, bool] = (0, False)
@@ -176,7 +176,8 @@ class _Loop:
             with own_generators(self.stepper.device):
                 found, samples = self.validate()  # type: ignore[assignment]
         found = self.processes.from_main(Evaluation, found, self.stepper.device)
-        self.diary.evaluation(found, lambda: self.handle.state(self.name), samples)
+        settled = self.stepper.rule.settled()
+        self.diary.evaluation(found, lambda: self.handle.state(self.name), samples, settled)
 
     def _save(self) -> None:
         """Hand over a snapshot, unless there is one of this very moment."""
@@ -202,9 +203,10 @@ class _Loop:
         padded[: len(tensor)] = tensor
         return [each[:size] for each, size in zip(self.processes.gathered(padded, device), sizes, strict=True)]
 
-    def _backed_off(self, text: str) -> None:
-        self.diary.remark("memory", text)
-        self.keeper.backed_off(self.stepper.count + 1)
+    def _told(self, name: str, text: str) -> None:
+        self.diary.remark(name, text)
+        if name == "memory":
+            self.keeper.backed_off(self.stepper.count + 1)
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """Return the row numbers of an epoch's batches."""

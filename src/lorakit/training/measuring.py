@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 from lorakit.adapters import Handle
 from lorakit.adapters.spectrum import spectra
@@ -23,19 +26,10 @@ from lorakit.training.start import Start
 
 def step_memory(prepared: Prepared, handle: Handle, name: str, micro_batch: int, grad_checkpointing: bool) -> int:
     """Return the tensor bytes of a step on the longest micro-batch, of the adapter itself and of AdamW's state."""
-    model, task = prepared.base.model, prepared.spec.kind
-    longest = sorted(prepared.train, key=lambda row: -task.size(row))[:micro_batch]
+    model = prepared.base.model
     device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in prepared.spec.collator(prepared.base.tokenizer)(longest).items()}
     parameters = list(handle.parameters(name).values())
-    units = max(1, sum(task.units(row) for row in longest))
-
-    def step() -> None:
-        loss = task.loss(model, batch) / units
-        if not loss.requires_grad:
-            raise TrainingError(unreached().text)
-        loss.backward()  # type: ignore[no-untyped-call]
-
+    step, _ = _longest_step(prepared, micro_batch)
     try:
         with own_generators(device), training_mode(model, grad_checkpointing):
             peak = peak_bytes(step, device)
@@ -44,6 +38,48 @@ def step_memory(prepared: Prepared, handle: Handle, name: str, micro_batch: int,
             parameter.grad = None
     # The adapter itself, and AdamW's two moments; the gradients are among what the step has made.
     return peak + sum(3 * parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def seconds_per_token(
+    prepared: Prepared, handle: Handle, name: str, micro_batch: int, grad_checkpointing: bool
+) -> float:
+    """Return the seconds of a step per input token, by a second pass over the longest micro-batch.
+
+    The forward and backward pass of one micro-batch is taken for real and its time spread over its tokens; the
+    optimizer's own part is left out, since an adapter is small.
+    """
+    model, task = prepared.base.model, prepared.spec.kind
+    step, longest = _longest_step(prepared, micro_batch)
+    device = next(model.parameters()).device
+    try:
+        with own_generators(device), training_mode(model, grad_checkpointing):
+            begun = time.perf_counter()
+            step().item()
+            taken = time.perf_counter() - begun
+    finally:
+        for parameter in handle.parameters(name).values():
+            parameter.grad = None
+    return taken / max(1, sum(task.size(row) for row in longest))
+
+
+def _longest_step(prepared: Prepared, micro_batch: int) -> tuple[Callable[[], Tensor], list[EncodedRow]]:
+    """Return the forward and backward pass of the longest micro-batch, which gives its loss, and the rows of it."""
+    model, task = prepared.base.model, prepared.spec.kind
+    longest = sorted(prepared.train, key=lambda row: -task.size(row))[:micro_batch]
+    device = next(model.parameters()).device
+    collate = prepared.spec.collator(prepared.base.tokenizer)
+    batch = {k: v.to(device) for k, v in collate(longest).items()}
+    shortcuts = task.shortcuts(model, collate, longest)
+    units = max(1, sum(task.units(row) for row in longest))
+
+    def step() -> Tensor:
+        loss = task.loss(model, batch, shortcuts) / units
+        if not loss.requires_grad:
+            raise TrainingError(unreached().text)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    return step, longest
 
 
 def validation(prepared: Prepared, start: Start, asked: Sequence[EncodedRow]) -> Measure:

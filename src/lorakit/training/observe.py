@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lorakit.records import Choice, Evaluation, Sample
+from lorakit.records import Choice, Evaluation, Planned, Sample
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,42 @@ class Step:
     seconds: float
 
 
+@dataclass(frozen=True)
+class About:
+    """What a run trains on what, for a header.
+
+    Attributes:
+        task: its name.
+        model: the base as it was named; ``num_base`` its numbers, ``dtype`` and ``device`` where and as what they are.
+        method: the method's name and settings, as JSON; ``targets`` the names of the layers it updates.
+        num_trainable: numbers that are trained; ``num_head`` those of them in modules trained in full.
+        num_rows, num_held: rows to train on and to validate on; ``num_tokens`` input tokens of the former.
+        batch_size, micro_batch: rows of a step, and at a time in memory.
+        num_steps, epochs: of the run.
+        folder: the run folder; None if there is none.
+        planned: what it is expected to take; None if that was not estimated.
+    """
+
+    task: str
+    model: str
+    num_base: int
+    dtype: str
+    device: str
+    method: dict[str, Any]
+    targets: tuple[str, ...]
+    num_trainable: int
+    num_head: int
+    num_rows: int
+    num_held: int
+    num_tokens: int
+    batch_size: int
+    micro_batch: int
+    num_steps: int
+    epochs: float
+    folder: str | None
+    planned: Planned | None
+
+
 class Observer:
     """Watches a run; every method may be overridden, none has to be."""
 
@@ -40,6 +77,9 @@ class Observer:
 
     def choices(self, choices: Sequence[Choice]) -> None:
         """All settings are decided."""
+
+    def begins(self, about: About) -> None:
+        """Everything is known and measured: the first step, or the next one of a resumed run, follows."""
 
     def note(self, text: str) -> None:
         """Something the user should know."""

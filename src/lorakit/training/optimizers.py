@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorakit.adapters import Handle
+from lorakit.methods import Rule
 
 Groups = list[dict[str, Any]]
 
@@ -45,9 +45,14 @@ OPTIMIZERS: dict[str, Callable[[Groups, float, float], Optimizer]] = {
 }
 
 
-def optimizer_for(handle: Handle, name: str, kind: str, lr: float, weight_decay: float) -> Optimizer:
-    """Return the optimizer ``kind`` over the parameters of the adapter ``name``, in its method's groups."""
-    groups = handle.entry(name).method.param_groups(handle.parameters(name), lr)
+def optimizer_for(
+    rule: Rule, named: Mapping[str, nn.Parameter], kind: str, lr: float, weight_decay: float
+) -> Optimizer:
+    """Return the optimizer ``kind`` over an adapter's parameters in its method's groups.
+
+    Each group keeps the peak of its rate as ``peak``.
+    """
+    groups = [{**group, "peak": float(group["lr"])} for group in rule.groups(named, lr)]
     return OPTIMIZERS[kind](groups, lr, weight_decay)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,58 @@ from typing import Any
 from lorakit.adapters import Handle, attach
 from lorakit.bases import Base
 from lorakit.errors import TrainingError
+from lorakit.inits import Calibration
+from lorakit.methods.lora import LoRA
 from lorakit.training.config import TrainConfig
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.diagnosis import broken_base
 from lorakit.training.measuring import step_memory
 from lorakit.training.observe import Observer
 from lorakit.training.prepare import Prepared
+from lorakit.training.recipe import say_ranks
 from lorakit.training.start import Start
 from lorakit.training.stepper import is_out_of_memory, out_of_memory
+
+CALIBRATION_ROWS = 512
 
 
 def attached(prepared: Prepared, config: TrainConfig, name: str) -> Handle:
     """Attach the adapter that the settings describe; a new head is trained in full beside it."""
     base = prepared.base
     heads = list(base.new_modules) or (["head"] if prepared.spec.labels else [])
-    return attach(
+    handle = attach(
         base.model,
         prepared.method,
         name=name,
         new_modules=base.new_modules,
-        **config.attaching(heads),
+        calibration=calibration_of(prepared, config) if prepared.method.looks() is not None else None,
+        **config.attaching([*heads, *base.in_full]),
+    )
+    if isinstance(prepared.method, LoRA) and prepared.method.rank == "auto":
+        say_ranks(prepared.recipe, prepared.method, handle.entry(name).method, handle.updates(name))
+    return handle
+
+
+def calibration_of(prepared: Prepared, config: TrainConfig) -> Calibration:
+    """Return training rows, drawn by the seed, on which a method looks at the model; padding does not count.
+
+    An encoder-decoder, whose two sides are padded apart, sees row by row, without any padding; where memory is too
+    short to keep activations, any model sees row by row. The weight of a batch is the number of its terms in the loss.
+    """
+    task, model = prepared.spec.kind, prepared.base.model
+    collate, device = prepared.spec.collator(prepared.base.tokenizer), next(model.parameters()).device
+    count = min(CALIBRATION_ROWS, len(prepared.train))
+    drawn = random.Random(config.seed).sample(range(len(prepared.train)), count)
+    size = 1 if config.grad_checkpointing else prepared.recipe.micro_batch
+    if prepared.spec.encoder_decoder:
+        collate, size = dataclasses.replace(collate, pad_to=1), 1
+    parts = [[prepared.train[i] for i in drawn[start : start + size]] for start in range(0, count, size)]
+    batches = [{key: value.to(device) for key, value in collate(part).items()} for part in parts]
+    units = {id(batch): float(sum(task.units(row) for row in part)) for batch, part in zip(batches, parts, strict=True)}
+    return Calibration(
+        batches,
+        loss=lambda model, batch: task.loss(model, dict(batch)) / max(1.0, units[id(batch)]),
+        weight=lambda batch: units[id(batch)],
     )
 
 

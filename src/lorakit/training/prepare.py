@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from lorakit.adapters import handle_of
 from lorakit.bases import DTYPES, Base, context_length, load_base
 from lorakit.bases.header import read_header
 from lorakit.bases.source import check_folder, config_values, local_folder
-from lorakit.bases.tokenizer import ensure_padding
+from lorakit.bases.tokenizer import ensure_padding, load_tokenizer
+from lorakit.bases.vocabulary import add_tokens
 from lorakit.errors import AdapterError, ConfigError, DataError, ModelError, TrainingError, quoted
 from lorakit.methods import Method
 from lorakit.training import recipe as recipes
@@ -33,6 +35,8 @@ from lorakit.training.processes import local_device
 from lorakit.training.recipe import Recipe
 from lorakit.training.spec import TaskSpec
 from lorakit.training.tasks import Task, find_task
+from lorakit.training.tracking import check_trackers
+from lorakit.training.vocabulary import extended, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +81,7 @@ def prepare(
     """
     method = config.resolved_method()
     check_space(config.output)
+    check_trackers(config.log_to, config.output)
     recipe = Recipe()
     observer.stage("reading the data")
     train, held, detection = read_rows(rows, config)
@@ -85,7 +90,7 @@ def prepare(
     labels = task.labels({"train": train, "validation": held}, detection)
     observer.stage("loading the model")
     labels = in_model_order(labels, model, config.revision) if labels else ()
-    base = the_base(model, tokenizer, task, labels, config, recipe)
+    base = extended_base(the_base(model, tokenizer, task, labels, config, recipe), model, config, recipe)
     check_options(base.model, config)
     recipes.choose_length(config, recipe, task.usual, context_length(base.model, base.tokenizer))
     mapping = tuple(sorted((config.columns or {}).items()))
@@ -179,6 +184,8 @@ def the_base(
         raise ConfigError(f"a tokenizer was given, but '{model}' is loaded with its own. Leave it out.")
     recipes.choose_device(config, recipe)
     folder = local_folder(str(model))
+    if config.add_tokens:  # before the weights are loaded
+        add_tokens(load_tokenizer(str(folder or model), config.revision, config.trust_remote_code), config.add_tokens)
     count = (
         sum(tensor.num_elements for tensor in read_header(folder))
         if folder is not None and _has_weights(folder)
@@ -195,6 +202,22 @@ def the_base(
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
     )
+
+
+def extended_base(base: Base, model: str | Path | nn.Module, config: TrainConfig, recipe: Recipe) -> Base:
+    """Give a base that was loaded by name the tokens that are new to it; a model that was given stays as it is.
+
+    Raises:
+        ConfigError: tokens for a model object; or as :func:`lorakit.training.vocabulary.extended`.
+    """
+    if not isinstance(model, nn.Module):
+        return extended(base, config, recipe)
+    if config.add_tokens or config.train_vocabulary == "new":
+        raise ConfigError(
+            "add_tokens and train_vocabulary='new' cannot be set for a model object: it stays as it is. Give its name "
+            "instead, or extend it yourself and name the rows, as in train_modules=['embed_tokens[32000:32010]']."
+        )
+    return dataclasses.replace(base, in_full=trained(base.model, None, config))
 
 
 def _given_base(

@@ -29,6 +29,7 @@ from lorakit.training.data.table import Table
 from lorakit.training.recipe import Recipe, choose_length
 from lorakit.training.spec import TaskSpec
 from lorakit.training.tasks import find_task
+from lorakit.training.vocabulary import extended_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -130,6 +131,7 @@ def preview(
     num_shown: int = 3,
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
+    add_tokens: Sequence[str] | str | None = None,
     max_length: int | None = None,
     validation: float | str = 0.1,
     seed: int = 0,
@@ -144,6 +146,7 @@ def preview(
         num_shown: rows to show in their tokens.
         task: as training takes it; so are ``max_length``, ``validation`` and ``seed``.
         columns: as ``detect_task`` takes it.
+        add_tokens: as training takes them.
         max_length: tokens per row.
         validation: a share, or a file.
         seed: of the split.
@@ -154,9 +157,9 @@ def preview(
         InputError: what training would refuse, and that nothing is supervised.
     """
     train, held, detection = _read(data, task, columns, validation, seed)
-    tokenizer, config = _load(str(model), revision, trust_remote_code)
-    context = _context(config, tokenizer)
-    spec = _spec(str(model), config, tokenizer, detection, _labels(train, held, detection), max_length, context)
+    settings = _settings(max_length=max_length, add_tokens=add_tokens)
+    tokenizer, config, context = _load(str(model), revision, trust_remote_code, settings)
+    spec = _spec(str(model), config, tokenizer, detection, _labels(train, held, detection), settings, context)
     counted = _sample(train, seed)
     trained, whole = _encoded(spec, counted, detection, tokenizer)
     supervised, read = (sum(map(count, trained.rows)) for count in (_num_learned, _num_read))
@@ -203,14 +206,14 @@ def _spec(
     tokenizer: PreTrainedTokenizerBase,
     detection: Detection,
     labels: tuple[str, ...],
-    max_length: int | None,
+    settings: TrainConfig,
     context: int,
 ) -> TaskSpec:
     """Decide what training would decide, without the model."""
     task, reads, recipe = find_task(detection.task), model_kind(config), Recipe()
     if reads == "encoder" and detection.task in (GENERATION, LANGUAGE_MODELING):
         raise ModelError(f"'{model}' is an encoder: it reads text but does not write it, so it cannot do {task.name}.")
-    choose_length(TrainConfig(max_length=max_length), recipe, task.usual, context)
+    choose_length(settings, recipe, task.usual, context)
     writes = detection.task == GENERATION
     return TaskSpec(
         detection.task,
@@ -237,12 +240,21 @@ def _read(
     return train, held, detection
 
 
-def _load(model: str, revision: str | None, trust: bool) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+def _settings(**asked: Any) -> TrainConfig:
+    return TrainConfig(**asked)
+
+
+def _load(
+    model: str, revision: str | None, trust: bool, settings: TrainConfig
+) -> tuple[PreTrainedTokenizerBase, PretrainedConfig, int]:
+    """Return a model's tokenizer, with the tokens that the settings add, its config, and its context in tokens."""
     folder = local_folder(model)
     if folder is not None:
         check_folder(folder)
     name = str(folder or model)
-    return load_tokenizer(name, revision, trust), load_config(name, revision, trust)
+    tokenizer, config = load_tokenizer(name, revision, trust), load_config(name, revision, trust)
+    extended_tokenizer(tokenizer, int(config.get_text_config().vocab_size), settings)
+    return tokenizer, config, _context(config, tokenizer)
 
 
 def _context(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,6 +25,10 @@ R = TypeVar("R")
 # The others wait while the main process measures; a process that has died is noticed by the launcher.
 PATIENCE = datetime.timedelta(days=1)
 
+_TORCH = "WORLD_SIZE", "RANK"
+_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")
+_MEETING = "MASTER_ADDR", "MASTER_PORT"
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -101,14 +105,35 @@ class Processes:
 
 
 def started() -> Processes:
-    """Return what the launcher's environment says."""
+    """Return what the launcher's environment says.
+
+    Raises:
+        ConfigError: it makes no sense, or the launcher was asked for several processes and has started one.
+    """
+    size, rank = _words()
+    if size not in os.environ and all(name in os.environ for name in ("ACCELERATE_USE_CPU", *_MEETING)):
+        raise ConfigError(
+            "accelerate launch was asked for several processes, but on CPUs it starts only this one unless it goes "
+            "through mpirun. Start with: torchrun --nproc-per-node N -m lorakit train ... For one process, give "
+            "accelerate --num_processes 1 and unset MASTER_ADDR."
+        )
     try:
-        return Processes(int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")))
+        return Processes(int(os.environ.get(size, "1")), int(os.environ.get(rank, "0")))
     except ValueError:
         raise ConfigError(
-            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')!r} and RANK={os.environ.get('RANK')!r} do not say which of how "
+            f"{size}={os.environ.get(size)!r} and {rank}={os.environ.get(rank)!r} do not say which of how "
             "many processes this is. Start with torchrun, or unset them."
         ) from None
+
+
+def _words() -> tuple[str, str]:
+    """Return the variables that say how many processes there are and which this is.
+
+    What mpirun says counts where accelerate started it; else the processes may have nothing to do with each other.
+    """
+    if "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ:
+        return next((words for words in _MPI if words[0] in os.environ), _TORCH)
+    return _TORCH
 
 
 def local_device(device: str) -> str:
@@ -129,7 +154,7 @@ def joined(device: str) -> Iterator[Processes]:
     if not processes.several or dist.is_initialized():
         yield processes
         return
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
+    missing = [name for name in (*_MEETING, _words()[1]) if name not in os.environ]
     if missing:
         raise ConfigError(
             f"started as one of {processes.count} processes, but {', '.join(missing)} is not set. "
@@ -138,7 +163,9 @@ def joined(device: str) -> Iterator[Processes]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    _talked(lambda: dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE))
+    backend = "nccl" if on_gpu else "gloo"
+    count, rank = processes.count, processes.rank
+    _talked(lambda: dist.init_process_group(backend, timeout=PATIENCE, world_size=count, rank=rank))
     try:
         yield processes
     finally:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from lorakit.errors import ConfigError
-from lorakit.methods import Method
+from lorakit.methods import Method, Update
+from lorakit.methods.lora import LoRA, LowRankUpdate
 from lorakit.records import Choice
-from lorakit.training.config import TrainConfig
+from lorakit.training.config import SHORTHANDS, TrainConfig
 from lorakit.training.optimizers import LARGER_RATE
 from lorakit.training.plan import Plan
 from lorakit.training.schedule import Schedule
@@ -175,12 +177,32 @@ def _choose_batch(config: TrainConfig, recipe: Recipe, usual: Usual, num_rows: i
 def say_method(config: TrainConfig, recipe: Recipe, method: Method, targets: list[str], coverage: str) -> None:
     """Note what the adapter is and where it acts."""
     fields = method.summary()
-    asked = "as asked" if config.rank is not None or config.method != "lora" else "a good start for most tasks"
-    sizes = [f"{name} {fields[name]:g}" for name in ("rank", "alpha") if name in fields]
+    told = any(getattr(config, name) is not None for name in SHORTHANDS) or config.method != "lora"
+    asked = "as asked" if told else "a good start for most tasks"
+    sizes = [f"{name} {_short(fields[name])}" for name in ("rank", "alpha") if name in fields]
+    init = fields.get("init") or {"name": "kaiming"}
+    sizes += [f"init {init['name']}"] if init["name"] != "kaiming" else []
     recipe.say("method", ", ".join([method.name, *sizes]), asked)
     shown = ", ".join(targets[:6]) + (f" and {len(targets) - 6} more" if len(targets) > 6 else "")
     asked = "as asked; " if config.targets != "all-linear" else "every linear layer; "
     recipe.say("targets", shown, f"{asked}{coverage}")
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def say_ranks(recipe: Recipe, asked: LoRA, chosen: Method, updates: Mapping[str, Update]) -> None:
+    """Note the ranks that were chosen for layers from the examples."""
+    pairs = {path: update for path, update in updates.items() if isinstance(update, LowRankUpdate)}
+    ranks = {path: int(update.A.shape[-2]) for path, update in pairs.items()}
+    spent = sum(update.A.numel() + update.B.numel() for update in pairs.values())
+    alone = list(chosen.rank_pattern.values()).count(0) if isinstance(chosen, LoRA) else 0
+    low, high, mean = min(ranks.values()), max(ranks.values()), sum(ranks.values()) / len(ranks)
+    found = f"{low} to {high}, mean {mean:.1f}, in {len(ranks):,} layers" + (f"; {alone:,} left alone" if alone else "")
+    most = next(path for path, rank in ranks.items() if rank == high)
+    reason = f"by the layers' {asked.rank_by}: {spent:,} of {asked.budget or 0:,} numbers, most in {most}"
+    recipe.say("ranks", found, reason)
 
 
 def plan_of(config: TrainConfig, recipe: Recipe) -> Plan:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.training.checkpoint import Facts
-from lorakit.training.config import TrainConfig
+from lorakit.training.config import SHORTHANDS, TrainConfig
 from lorakit.training.prepare import Prepared
 
 # What may be another when a run is resumed: it changes no number, or is written down on the way.
-FREE_SETTINGS = ("model", "data", "save_every", "keep", "halve_micro_at", "trust_remote_code", "revision")
+FREE_SETTINGS = ("model", "data", "save_every", "keep", "log_to", "halve_micro_at", "trust_remote_code", "revision")
 
 
 def resolved(config: TrainConfig, prepared: Prepared, model: Any, rows: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def resolved(config: TrainConfig, prepared: Prepared, model: Any, rows: Any) -> 
     """
     recipe = prepared.recipe
     values: dict[str, Any] = {"model": _place(model), "data": _place(rows)}
-    values |= json.loads(config.model_dump_json(exclude={"output", "force", "rank", "alpha", "model", "data"}))
+    values |= json.loads(config.model_dump_json(exclude={"output", "force", "model", "data", *SHORTHANDS}))
     values.update(
         task=prepared.spec.task,
         method=prepared.method.summary(),

@@ -6,8 +6,10 @@ start.json        what was found before the first step
 checkpoints/      the last and the best, see ``lorakit.training.checkpoint``
 task.json         task, labels, lengths: what predicting needs
 run.json          the summary
-metrics.jsonl     a line per step, per validation and per warning
+metrics.jsonl     what was planned, and a line per step, per validation and per warning
+logs/             what trackers such as TensorBoard write, see ``lorakit.training.tracking``
 chat_template.jinja   the base's, if it has one
+tokenizer.json, tokenizer_config.json ...    the tokenizer, where it has more tokens than the base's own
 
 The folder is there from the first step on. A run that it replaces lies in it, as ``.replaced``, until there is a
 checkpoint or an adapter of the new one.
@@ -22,7 +24,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lorakit.adapters import AdapterState
 from lorakit.errors import RunFolderError, TrainingError
@@ -36,8 +38,17 @@ from lorakit.training.run_files import is_unfinished
 from lorakit.training.spec import TaskSpec
 from lorakit.training.start import Start
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 OWN_FILES = ("run.json", "config.yaml", "adapter_config.json", "metrics.jsonl")
 PARTS = (*OWN_FILES, "adapter_model.safetensors", "task.json", "chat_template.jinja", "start.json")
+LOGS = "logs"
+# What transformers writes of a tokenizer: a file of the tokenizers library, or the older kinds' own.
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
 REPLACED = ".replaced"
 
 
@@ -100,8 +111,8 @@ class RunFolder:
                 f"'{self.path}' is not a run folder, so even --force does not replace it. Choose another --output."
             )
 
-    def begin(self, config: Mapping[str, Any], start: Start | None = None) -> None:
-        """Make the folder and start its metrics; an old run lies in it until the new one has something to show.
+    def begin(self, config: Mapping[str, Any], start: Start | None = None, tokenizer: Tokenizer | None = None) -> None:
+        """Make the folder, keep a tokenizer with new tokens, start the metrics; an old run lies in it for a while.
 
         Raises:
             RunFolderError: meanwhile something else has been written there.
@@ -116,6 +127,8 @@ class RunFolder:
             (new / "metrics.jsonl").touch()
             if start is not None:
                 write_json(new / "start.json", to_json(start))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
             if self.path.exists() and any(self.path.iterdir()):
                 self.path.rename(new / REPLACED)
             # An empty folder gives way; between these two lines the old run is in a folder that is found again.
@@ -215,9 +228,10 @@ class RunFolder:
                 self._log.close()
             self._log = None
         if self._begun and not self._saved:
-            for name in PARTS:
+            for name in (*PARTS, *TOKENIZER):
                 (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+            for folder in (CHECKPOINTS, LOGS):
+                shutil.rmtree(self.path / folder, ignore_errors=True)
             left = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
             if left == {REPLACED}:
                 self.path.rename(self.path.with_name(f".{self.path.name}.new-back"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import AdapterState, Handle
-from lorakit.bases import Base, context_length, is_chat_model, load_base, model_kind
+from lorakit.bases import Base, context_length, is_chat_model, load_base, load_tokenizer, model_kind
 from lorakit.errors import InputError, RunFolderError
 from lorakit.formats.store import load_adapter, read_adapter
 from lorakit.records import Evaluation
@@ -23,6 +23,7 @@ from lorakit.training.data.table import Table
 from lorakit.training.run_files import is_unfinished, read_spec
 from lorakit.training.scores import probabilities
 from lorakit.training.spec import TaskSpec
+from lorakit.training.vocabulary import in_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,11 +189,20 @@ def open_run(
         trust_remote_code=trust_remote_code,
         seed=int(settings.get("seed", 0)),
     )
+    beside = tokenizer_folder(folder)
+    if beside is not None:
+        loaded = in_run(loaded, load_tokenizer(str(beside), None, trust_remote_code))
     handle = load_adapter(loaded.model, folder)
     loaded.model.train(False)
     if not (folder / "task.json").is_file():
         spec = completed(spec, loaded)
     return Run(loaded, handle, spec, folder)
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Return where the tokenizer of a run, or of the run that a checkpoint belongs to, is kept; None where nowhere."""
+    places = [folder, folder.absolute().parent.parent] if folder.absolute().parent.name == CHECKPOINTS else [folder]
+    return next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
 
 
 def check_adapter_folder(folder: Path) -> None:

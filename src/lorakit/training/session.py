@@ -18,6 +18,7 @@ from lorakit.training import recipe
 from lorakit.training.checkpoint import Checkpoints, Facts
 from lorakit.training.config import TrainConfig
 from lorakit.training.data.encode import EncodedRow
+from lorakit.training.estimate import foreseen
 from lorakit.training.keeper import Keeper, SilentKeeper, Snapshot
 from lorakit.training.keeping import FolderKeeper
 from lorakit.training.loop import train
@@ -34,6 +35,7 @@ from lorakit.training.run_files import read_start
 from lorakit.training.run_folder import RunFolder
 from lorakit.training.spec import TaskSpec
 from lorakit.training.start import Start
+from lorakit.training.tracking import tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +88,7 @@ class Session:
         def started(handle: Handle) -> tuple[Start, Snapshot | None]:
             start = Start(self.rows_hash, handle.identity(ADAPTER).short, tuple(self.prepared.recipe.choices))
             if self.folder is not None:
-                self.folder.begin(settings, start)
+                self.folder.begin(settings, start, self.base.tokenizer if self.base.extended else None)
             return start, None
 
         return self._run(settings, started)
@@ -157,6 +159,7 @@ class Session:
         if self.processes.main:
             start = self._measured(handle, start, asked)
             memory = self._step_memory(handle)
+            start = foreseen(prepared, self.config, handle, ADAPTER, self.processes.count, folder, start, observer)
         observer.stage("training")
         outcome = self._train(settings, handle, start, asked, snapshot)
         if outcome.interrupted and not outcome.steps:
@@ -223,20 +226,23 @@ class Session:
             handle.set_state(snapshot.adapter, ADAPTER)
             self.observer.resumes(snapshot.progress.step, self.prepared.recipe.num_steps)
             self.prepared.notes.append(f"Resumed after step {snapshot.progress.step:,}.")
+        keeper = self._keeper(self._facts(settings, handle), start)
+        log_to = self.config.log_to if self.processes.main else None
         try:
-            return train(
-                handle,
-                ADAPTER,
-                self.task,
-                self.prepared.train,
-                self.collate,
-                plan_of(self.config, self.prepared.recipe),
-                self.observer,
-                validation(self.prepared, start, asked),
-                self._keeper(self._facts(settings, handle)),
-                self.processes,
-                snapshot,
-            )
+            with tracked(keeper, log_to, folder, settings, snapshot) as tracking:
+                return train(
+                    handle,
+                    ADAPTER,
+                    self.task,
+                    self.prepared.train,
+                    self.collate,
+                    plan_of(self.config, self.prepared.recipe),
+                    self.observer,
+                    validation(self.prepared, start, asked),
+                    tracking,
+                    self.processes,
+                    snapshot,
+                )
         except TrainingError as error:
             if folder is None or error.__cause__ is None or not is_disk_full(error.__cause__):
                 raise
@@ -246,14 +252,14 @@ class Session:
                 f"lorakit resume {folder.path}"
             ) from error
 
-    def _keeper(self, facts: Facts) -> Keeper:
+    def _keeper(self, facts: Facts, start: Start) -> Keeper:
         if self.config.output is None:
             return Keeper()
         if self.folder is None:
             return SilentKeeper()
         checkpoints = Checkpoints(self.folder.path, self.config.keep)
-        name = place_of(self.base)
-        return FolderKeeper(self.folder, checkpoints, facts, self.spec, self.base.revision, name, self.observer)
+        base = self.base.revision, place_of(self.base)
+        return FolderKeeper(self.folder, checkpoints, facts, self.spec, *base, self.observer, start.planned)
 
     def _named(self, handle: Handle) -> AdapterState:
         return dataclasses.replace(handle.state(ADAPTER), base_name=place_of(self.base))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorakit.records import Choice, Evaluation
+from lorakit.records import Choice, Evaluation, Planned
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Start:
         before: the held-out rows through the untouched base; None until it has been measured.
         majority, probe: what a classifier must beat.
         answers: the base's answers to the questions.
+        planned: what the run is expected to take; None for a run without a folder.
     """
 
     rows: str
@@ -26,3 +27,4 @@ class Start:
     majority: Evaluation | None = None
     probe: Evaluation | None = None
     answers: tuple[str, ...] = ()
+    planned: Planned | None = None

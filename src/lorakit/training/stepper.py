@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lorakit.adapters import Handle
 from lorakit.errors import TrainingError
@@ -23,6 +24,7 @@ from lorakit.training.plan import Plan
 from lorakit.training.processes import Processes
 from lorakit.training.randomness import Randomness
 from lorakit.training.tasks import Task
+from lorakit.training.tasks.shortcuts import NONE, Shortcuts, explained
 
 ALONE = Processes()
 
@@ -42,6 +44,7 @@ class Stepper:
     Attributes:
         count: steps taken.
         micro_batch: rows at a time; ``halved`` if that is half of the plan's, because memory ran out.
+        shortcuts: what the loss's forward pass leaves out; None until the first step has tried it.
     """
 
     def __init__(
@@ -52,24 +55,25 @@ class Stepper:
         collate: Collator,
         plan: Plan,
         processes: Processes = ALONE,
-        told: Callable[[str], None] = lambda text: None,
+        told: Callable[[str, str], None] = lambda name, text: None,
     ) -> None:
         self.plan, self.task, self.collate, self.processes, self.told = plan, task, collate, processes, told
-        self.method = handle.entry(name).method
-        self.updates = handle.updates(name)
+        self.handle, self.name = handle, name
+        self.rule = handle.entry(name).method.rule(handle.updates(name), plan.num_steps)
         self.named = handle.parameters(name)
         self.parameters = list(self.named.values())
         self.device = next(handle.model.parameters()).device
         self.model: nn.Module = handle.model
         if plan.compile:
             self.model = torch.compile(handle.model)  # type: ignore[assignment]
-        self.optimizer = optimizer_for(handle, name, plan.optimizer, plan.lr, plan.weight_decay)
-        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.dtype == "fp16")
         self.count = 0
         self.micro_batch, self.halved = plan.micro_batch, False
+        self.shortcuts: Shortcuts | None = None
         self._numbers: tuple[int, ...] = ()
-        processes.same([parameter.data for parameter in self.parameters])
+        frozen = [buffer for update in handle.updates(name).values() for buffer in update.buffers()]
+        processes.same([*(parameter.data for parameter in self.parameters), *frozen])
 
     def step(self, rows: Sequence[EncodedRow]) -> Taken:
         """Take one step on the mean loss over all units of ``rows``.
@@ -92,7 +96,10 @@ class Stepper:
         if self.count + 1 == self.plan.halve_micro_at and not self.halved:
             self._halve()
             if self.count:
-                self.told(f"micro_batch is {self.micro_batch:,} from step {self.count + 1:,} on: memory ran out there.")
+                text = f"micro_batch is {self.micro_batch:,} from step {self.count + 1:,} on: memory ran out there."
+                self.told("memory", text)
+        if self.shortcuts is None:
+            self._take_shortcuts(rows)
         before = Randomness.now(self.device)
         total, problem = self._tried(rows)
         while self._anywhere(problem is not None):
@@ -111,34 +118,58 @@ class Stepper:
         """
         step = self.count + 1
         factor = self.plan.rates(self.count)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor * _rise(group, self.count)
         self.processes.add_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        self.method.before_step(self.updates, step)
+        self.rule.before_step(step)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.plan.clip_norm))
         # With fp16 an overflow is expected now and then: the scaler leaves that step out and scales less.
         self._stop_if(diagnosis.broken_gradient(norm, step, self._numbers, self.plan.setting))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.rule.after_step(step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(self.updates, step)
+        self._follow()
+        for remark in self.rule.remarks():
+            self.told(f"method at step {step}", remark)
         self.count = step
         return Taken(loss, norm, float(self.optimizer.param_groups[0]["lr"]))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the optimizer and the method remember: copies on the CPU."""
-        own = self.method.training_state(self.updates)
+        own = self.rule.state()
         found = {f"optimizer/{key}": tensor for key, tensor in state_tensors(self.optimizer, self.named).items()}
         return found | {f"method/{key}": tensor.detach().to("cpu", copy=True) for key, tensor in own.items()}
 
     def load(self, count: int, micro_batch: int, halved: bool, tensors: Mapping[str, Tensor], scaler: Any) -> None:
         """Go on from ``count`` steps with what :meth:`tensors` returned and the scaler's numbers."""
         self.count, self.micro_batch, self.halved = count, micro_batch, halved
+        self.rule.load(_under("method/", tensors))
+        self._follow()
         load_state_tensors(self.optimizer, self.named, _under("optimizer/", tensors))
-        self.method.load_training_state(self.updates, _under("method/", tensors))
         if scaler:
             self.scaler.load_state_dict(dict(scaler))
+
+    def _optimizer(self) -> Optimizer:
+        return optimizer_for(self.rule, self.named, self.plan.optimizer, self.plan.lr, self.plan.weight_decay)
+
+    def _follow(self) -> None:
+        """Take up the adapter's parameters as they are now; what is remembered of those that stayed is kept."""
+        now = self.handle.parameters(self.name)
+        if [id(parameter) for parameter in now.values()] == [id(parameter) for parameter in self.parameters]:
+            return
+        remembered = self.optimizer.state
+        self.named, self.parameters = now, list(now.values())
+        self.optimizer = self._optimizer()
+        self.optimizer.state.update({p: remembered[p] for p in self.parameters if p in remembered})
+        self.optimizer.state.update(self.rule.carry(remembered))
+
+    def _take_shortcuts(self, rows: Sequence[EncodedRow]) -> None:
+        self.shortcuts = self.task.shortcuts(self.model, self.collate, rows)
+        missed = explained(self.shortcuts, self.task.possible_shortcuts(self.model))
+        if missed is not None:
+            self.told("shortcuts", missed)
 
     def _tried(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, str | None]:
         """Add up the gradients of this process's share; return its part of the loss, and the problem if memory ends."""
@@ -159,11 +190,11 @@ class Stepper:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
             batch = {key: value.to(self.device) for key, value in self.collate(part).items()}
-            loss = self.task.loss(self.model, batch) / units
+            loss = self.task.loss(self.model, batch, self.shortcuts or NONE) / units
             if not loss.requires_grad:
                 raise TrainingError(diagnosis.unreached().text)
             if self.processes.main and i == len(parts) - 1:
-                penalty = self.method.penalty(self.updates)
+                penalty = self.rule.penalty()
                 loss = loss if penalty is None else loss + penalty
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -190,8 +221,9 @@ class Stepper:
         before = self.micro_batch
         self._halve()
         self.told(
+            "memory",
             f"memory ran out {where}{found}: micro_batch {before:,} is now {self.micro_batch:,}, and the step is taken "
-            "again."
+            "again.",
         )
 
     def _halve(self) -> None:
@@ -206,6 +238,12 @@ class Stepper:
         if finding is not None:
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(finding.text)
+
+
+def _rise(group: Mapping[str, Any], count: int) -> float:
+    """Return the share of its rate that a group has reached that came to be in the middle of a run."""
+    warmup = group.get("warmup", 0)
+    return min(1.0, (count - group.get("born", 0) + 1) / warmup) if warmup else 1.0
 
 
 def out_of_memory(where: str) -> str:

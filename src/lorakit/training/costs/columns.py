@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,13 +61,19 @@ class Base:
     largest_linear: int
 
 
-def base_of(setup: Setup) -> Base:
-    """Build the base without memory and count its numbers."""
+def skeleton(setup: Setup) -> Any:
+    """Build the base without memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers.pytorch_utils import Conv1D
 
     with FakeTensorMode():
-        model = build(setup)
+        return build(setup)
+
+
+def base_of(setup: Setup) -> Base:
+    """Build the base without memory and count its numbers."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = skeleton(setup)
     find_output = getattr(model, "get_output_embeddings", None)
     output = find_output() if find_output is not None else None
     heads = ("classifier", "score", "lm_head")
@@ -86,7 +93,8 @@ def columns_of(setup: Setup, rows: Sequence[EncodedRow], base: Base) -> tuple[Co
     """
     assert setup.method is not None
     name = setup.method.name
-    only_modules = {k: v for k, v in setup.attaching.items() if k in ("seed", "train_modules")}
+    beside = [module for module in setup.attaching["train_modules"] if not module.endswith("]")]  # a head has its rows
+    only_modules = {"seed": setup.attaching["seed"], "train_modules": beside}
     asked = _column(name, cost_of(setup, rows))
     found = [
         _tried("full", replace(setup, method=None), rows),
@@ -123,5 +131,5 @@ def _tried(name: str, setup: Setup, rows: Sequence[EncodedRow]) -> Column:
 
 
 def _column(name: str, cost: Cost) -> Column:
-    trained, state = cost.trained_bytes, cost.state_bytes
-    return Column(name, cost.num_trainable, cost.memory, cost.flops, trained, trained + state)
+    checkpoint = cost.saved_bytes + cost.state_bytes
+    return Column(name, cost.num_trainable, cost.memory, cost.flops, cost.saved_bytes, checkpoint)

@@ -14,7 +14,7 @@ from lorakit.bases import DTYPES, load_base
 from lorakit.records import Choice
 from lorakit.training import recipe as recipes
 from lorakit.training.config import TrainConfig
-from lorakit.training.costs.columns import Base, Column, base_of, columns_of
+from lorakit.training.costs.columns import Base, Column, base_of, columns_of, skeleton
 from lorakit.training.costs.fit_memory import fits, num_cards
 from lorakit.training.costs.micro_batch import fitting_micro_batch
 from lorakit.training.costs.probe import probe
@@ -25,6 +25,7 @@ from lorakit.training.memory import free_bytes, machine_bytes
 from lorakit.training.plan import Plan
 from lorakit.training.prepare import Rows
 from lorakit.training.recipe import Recipe, plan_of
+from lorakit.training.vocabulary import extended, said, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,17 +188,22 @@ def _decided(
         if model_config.pad_token_id is None:
             model_config.pad_token_id = pad
     method = config.resolved_method()
+    heads = ["head"] if about.spec.labels else []
     setup = Setup(
         model_config,
         torch.float32,
         about.spec,
         method,
-        config.attaching(["head"] if about.spec.labels else []),
+        config.attaching(heads),
         Plan(1, 1, 1, 1e-3),
         pad if isinstance(pad, int) else 0,
         config.trust_remote_code,
     )
     base = base_of(setup)
+    if about.new is not None or config.train_vocabulary == "full":
+        heads += trained(skeleton(setup), about.new, config)
+        setup = replace(setup, attaching=config.attaching(heads))
+        recipe.say("vocabulary", *said(about.new, config))
     recipes.choose_device(config, recipe)
     recipes.choose_dtype(config, recipe, base.num_parameters, machine_bytes())
     dtype = DTYPES.get(recipe.dtype) or getattr(model_config, "dtype", None) or torch.float32
@@ -231,6 +237,7 @@ def _probed(
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
     )
+    base = extended(base, config)
     rows = _longest(about)[: min(recipe.batch_size, 2 * recipe.micro_batch)]
     kind = about.spec.kind
     found = probe(

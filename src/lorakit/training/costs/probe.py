@@ -56,7 +56,8 @@ def probe(
     taken: list[float] = []
 
     def run() -> None:
-        handle: Any = InPlace(model) if method is None else attach(model, method, **attaching)
+        blank = method is not None and method.looks() is not None  # what it would see changes no cost
+        handle: Any = InPlace(model) if method is None else attach(model, method, blank=blank, **attaching)
         try:
             stepper = Stepper(handle, ADAPTER, task, collator, replace(plan, num_steps=2))
             with in_training_mode(model, plan):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lorakit.adapters import attach
+from lorakit.adapters.capture import shared_of
 from lorakit.errors import ModelError
-from lorakit.methods import Method
+from lorakit.methods import Method, Update
 from lorakit.training.costs.parts import Ledger, Memory, Peaks
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
+from lorakit.training.mode import training_mode
 from lorakit.training.plan import Plan
 from lorakit.training.spec import TaskSpec
 from lorakit.training.stepper import Stepper
@@ -69,6 +71,7 @@ class Cost:
         peaks: memory; with more than one micro-batch, of one that is not the first.
         num_trainable: numbers that are trained.
         trained_bytes: of the parameters that are trained.
+        saved_bytes: of the tensors of the adapter's file.
         state_bytes: of the optimizer's state.
         flops: of one micro-batch, forward and backward.
     """
@@ -76,6 +79,7 @@ class Cost:
     peaks: Peaks
     num_trainable: int
     trained_bytes: int
+    saved_bytes: int
     state_bytes: int
     flops: int
 
@@ -86,7 +90,7 @@ class Cost:
 
     def extended(self, other: Cost, factor: float) -> Cost:
         """Go on along the line from here through ``other``."""
-        names = ("num_trainable", "trained_bytes", "state_bytes", "flops")
+        names = ("num_trainable", "trained_bytes", "saved_bytes", "state_bytes", "flops")
         values = {n: round(getattr(self, n) + factor * (getattr(other, n) - getattr(self, n))) for n in names}
         return Cost(self.peaks.extended(other.peaks, factor), **values)
 
@@ -107,7 +111,7 @@ def simulate(setup: Setup, rows: Sequence[EncodedRow]) -> Cost:
     task = setup.spec.kind
     ledger = SimulatedStep(sum(task.units(row) for row in rows), _outputs(setup, len(rows)))
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        with warnings.catch_warnings(), _one_text_a_row(), FakeTensorMode(allow_non_fake_inputs=True):
             # Copying a module asks for the addresses of its tensors, which are none here.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             model = build(setup)
@@ -159,7 +163,10 @@ class SimulatedStep(Ledger):  # type: ignore[no-untyped-call]
         if func in (aten.index.Tensor, aten._index_put_impl_.default, aten.index_put.default, aten.index_put_.default):
             args = (args[0], self._positions(args[1]), *args[2:])
         before, known = self.num_events, self.num_storages
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        grouped = func is aten._grouped_mm.default
+        result = super().__torch_dispatch__(_grouped_product if grouped else func, types, args, kwargs)
+        if grouped:
+            self.flops += 2 * args[0].numel() * args[1].shape[-1] // (len(args[0]) if args[0].dim() == 3 else 1)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += int(count(*args, **(kwargs or {}), out_val=result))
@@ -190,12 +197,13 @@ class SimulatedStep(Ledger):  # type: ignore[no-untyped-call]
 def _step(setup: Setup, model: nn.Module, rows: Sequence[EncodedRow], ledger: SimulatedStep, weights: int) -> Cost:
     """Attach, give the optimizer its state, and take a step."""
     ledger.label = "adapter"
-    handle: Any = InPlace(model) if setup.method is None else attach(model, setup.method, **setup.attaching)
+    handle: Any = InPlace(model) if setup.method is None else attach(model, setup.method, blank=True, **setup.attaching)
     accumulates = setup.plan.batch_size > len(rows)
     plan = replace(setup.plan, micro_batch=len(rows), compile=False)
     ledger.label = "activations"
     collator = setup.spec.kind.collator(setup.pad_token_id)
     stepper = Stepper(handle, ADAPTER, setup.spec.kind, _collate(collator), plan)
+    stepper.shortcuts = stepper.task.possible_shortcuts(model)  # they cannot be tried without values
     num_done = 0
 
     def arrived(parameter: Tensor) -> None:
@@ -225,13 +233,24 @@ def _step(setup: Setup, model: nn.Module, rows: Sequence[EncodedRow], ledger: Si
         ledger.begin("update")
         stepper.settle(loss)
     state = [value for entry in stepper.optimizer.state.values() for value in entry.values()]
+    trained = sum(parameter.nbytes for parameter in stepper.parameters)
     return Cost(
         ledger.peaks(weights),
         sum(parameter.numel() for parameter in stepper.parameters),
-        sum(parameter.nbytes for parameter in stepper.parameters),
+        trained,
+        trained + _saved_beside(handle.updates(ADAPTER)),
         sum(value.nbytes for value in state if isinstance(value, Tensor)),
         ledger.flops,
     )
+
+
+def _saved_beside(updates: Mapping[str, Update]) -> int:
+    """Return the bytes that the adapter's file has beside the trained parameters, such as a frozen start's."""
+    beside = sum(tensor.nbytes for shared in shared_of(updates)[:1] for tensor in shared.tensors().values())
+    for update in updates.values():
+        own = sum(parameter.nbytes for parameter in update.parameters(recurse=False))
+        beside += sum(tensor.nbytes for tensor in update.tensors().values()) - own
+    return beside
 
 
 @contextlib.contextmanager
@@ -239,20 +258,24 @@ def in_training_mode(model: Any, plan: Plan) -> Iterator[None]:
     """Put the model in the mode that the training loop does, and in evaluation mode afterwards."""
     from lorakit.bases.quiet import quiet_transformers
 
-    model.train()
-    with quiet_transformers(), warnings.catch_warnings():
-        # The name that older versions of transformers know as well.
-        warnings.filterwarnings(
-            "ignore", message=".*gradient_checkpointing_.*able. is deprecated", category=FutureWarning
-        )
-        if plan.grad_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        try:
-            yield
-        finally:
-            if plan.grad_checkpointing:
-                model.gradient_checkpointing_disable()
-            model.eval()
+    with quiet_transformers(), training_mode(model, plan.grad_checkpointing):
+        yield
+
+
+@contextlib.contextmanager
+def _one_text_a_row() -> Iterator[None]:
+    """Answer what transformers reads off the positions where there is no mask: whether several texts share a row."""
+    from transformers import masking_utils
+
+    asked = "find_packed_sequence_indices"
+    original = getattr(masking_utils, asked, None)  # older versions do not ask
+    if original is not None:
+        setattr(masking_utils, asked, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        if original is not None:
+            setattr(masking_utils, asked, original)
 
 
 class InPlace:
@@ -291,6 +314,17 @@ def _collate(collator: Collator) -> Any:
         return batch
 
     return collate
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Return what holds the products of groups of rows or columns, one matrix each.
+
+    torch computes them in any dtype, but says their shape in bf16 alone.
+    """
+    if a.dim() == b.dim():
+        groups = len(offs) if a.dim() == 2 and offs is not None else len(a)
+        return a.new_empty(groups, a.shape[-2], b.shape[-1])
+    return a.new_empty(a.shape[-2], b.shape[-1])
 
 
 def _usual_value(tensor: Tensor) -> Any:

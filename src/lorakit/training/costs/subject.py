@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.bases.source import load_config, local_folder, model_kind
 from lorakit.bases.tokenizer import NO_LIMIT, load_tokenizer
+from lorakit.bases.vocabulary import NewTokens
 from lorakit.errors import ConfigError, ModelError
 from lorakit.training.config import TrainConfig
 from lorakit.training.data.encode import EncodedRow
@@ -16,6 +17,7 @@ from lorakit.training.data.layouts import CLASSIFICATION, LANGUAGE_MODELING
 from lorakit.training.prepare import Rows, read_rows
 from lorakit.training.spec import TaskSpec
 from lorakit.training.tasks import Task, find_task
+from lorakit.training.vocabulary import extended_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -63,12 +65,14 @@ class Subject:
         rows: what is trained on; imagined ones are all as long.
         num_held: rows to validate on.
         found: in words.
+        new: tokens that are new to the model; its config counts them already.
     """
 
     spec: TaskSpec
     rows: Sequence[EncodedRow]
     num_held: int
     found: str
+    new: NewTokens | None = None
 
 
 def named(model: str | Path, config: TrainConfig) -> Named:
@@ -104,6 +108,10 @@ def subject(
     train, held, detection = read_rows(rows, config)
     task = find_task(detection.task)
     tokenizer = model.tokenizer(config)
+    inner = model.config.get_text_config()
+    new = extended_tokenizer(tokenizer, int(inner.vocab_size), config)
+    if new is not None:
+        inner.vocab_size = max(int(inner.vocab_size), new.ids[-1] + 1)
     _check(model, task)
     _pad(tokenizer)
     labels = task.labels({"train": train, "validation": held}, detection)
@@ -111,7 +119,7 @@ def subject(
     spec = task.fitted(spec, _OnlyConfig(model.config), tokenizer)
     encoded = spec.encode(train, detection, tokenizer)
     found = f"{detection.task}, {len(encoded.rows):,} rows of {train.source}"
-    return Subject(spec, encoded.rows, len(held.rows), found), tokenizer
+    return Subject(spec, encoded.rows, len(held.rows), found, new), tokenizer
 
 
 @dataclass
@@ -134,8 +142,14 @@ def _imagined(model: Named, config: TrainConfig, num_rows: int, length: int | No
     labels = IMAGINED_LABELS if task.name == CLASSIFICATION else ()
     two_sides = bool(model.config.is_encoder_decoder)
     spec = TaskSpec(task.name, labels, length, encoder_decoder=two_sides)
+    new, inner = None, model.config.get_text_config()
+    if config.add_tokens:
+        count, start = len(config.add_tokens), int(inner.vocab_size)
+        inner.vocab_size = start + count
+        new = NewTokens(tuple(config.add_tokens), tuple(range(start, start + count)), ((),) * count)
     row = EncodedRow([0] * length, 0 if labels else [0] * length, 1, "", "")
-    return Subject(spec, [row] * num_rows, num_rows // 10, f"{task.name}, {num_rows:,} rows of {length:,} tokens")
+    found = f"{task.name}, {num_rows:,} rows of {length:,} tokens"
+    return Subject(spec, [row] * num_rows, num_rows // 10, found, new)
 
 
 def _check(model: Named, task: type[Task]) -> None:

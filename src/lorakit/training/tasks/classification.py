@@ -17,6 +17,7 @@ from lorakit.training.data.split import label_names
 from lorakit.training.data.table import Table
 from lorakit.training.scores import class_scores, confusion_of, probabilities
 from lorakit.training.tasks.labelled import Labelled, logits_of
+from lorakit.training.tasks.shortcuts import NONE, Shortcuts
 from lorakit.training.tasks.task import Usual
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class Classification(Labelled):
         """Return logits ``[B, classes]``."""
         return logits_of(model, batch, 2, "one score per class")
 
-    def predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def predictions(
+        self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE
+    ) -> tuple[Tensor, Tensor]:
         """Return each row's logits and its class."""
         return self.outputs(model, batch), batch["labels"]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lorakit.errors import ModelError
 from lorakit.records import Evaluation
@@ -15,6 +15,8 @@ from lorakit.text.generate import evaluating
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.scores import bounded_batches
+from lorakit.training.tasks.cross_entropy import summed_cross_entropy
+from lorakit.training.tasks.shortcuts import NONE, Shortcuts
 from lorakit.training.tasks.task import Task
 
 
@@ -22,17 +24,18 @@ class Labelled(Task):
     """A task whose loss is the cross-entropy of labels."""
 
     @abstractmethod
-    def predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def predictions(
+        self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE
+    ) -> tuple[Tensor, Tensor]:
         """Return logits ``[units, labels]`` and the true labels ``[units]``."""
 
     @abstractmethod
     def scored(self, loss: float, num_rows: int, truth: Tensor, predicted: Tensor) -> Evaluation:
         """Turn the mean loss in nats and all true and predicted labels, ``[units]``, into scores."""
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE) -> Tensor:
         """Return the cross-entropy, see :class:`Task`."""
-        logits, truth = self.predictions(model, batch)
-        return F.cross_entropy(logits.float(), truth, reduction="sum")
+        return summed_cross_entropy(*self.predictions(model, batch, shortcuts))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, rows: Sequence[EncodedRow], collate: Collator) -> Evaluation:
@@ -44,14 +47,14 @@ class Labelled(Task):
             for numbers in bounded_batches(rows):
                 batch = {key: value.to(device) for key, value in collate([rows[i] for i in numbers]).items()}
                 logits, truth = self.predictions(model, batch)
-                total += float(F.cross_entropy(logits.float(), truth, reduction="sum"))
+                total += float(summed_cross_entropy(logits, truth))
                 truths.append(truth.cpu())
                 guesses.append(logits.argmax(-1).cpu())
         truth, predicted = torch.cat(truths), torch.cat(guesses)
         return self.scored(total / max(len(truth), 1), len(rows), truth, predicted)
 
 
-def logits_of(model: nn.Module, inputs: dict[str, Tensor], num_dims: int, wanted: str) -> Tensor:
+def logits_of(model: nn.Module, inputs: Mapping[str, Any], num_dims: int, wanted: str) -> Tensor:
     """Run the model on everything but the labels, so that it computes no loss of its own, and return its logits.
 
     Raises:

@@ -22,6 +22,7 @@ from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow, EncodedSet
 from lorakit.training.data.layouts import Detection
 from lorakit.training.data.table import Table
+from lorakit.training.tasks.shortcuts import NONE, Shortcuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,8 +116,16 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE) -> Tensor:
         """Return the loss in nats, summed over the batch's units in fp32."""
+
+    def possible_shortcuts(self, model: nn.Module) -> Shortcuts:
+        """Return what a model of this kind may be able to leave out in :meth:`loss`, judged without its values."""
+        return NONE
+
+    def shortcuts(self, model: nn.Module, collate: Collator, rows: Sequence[EncodedRow]) -> Shortcuts:
+        """Return what this model can leave out in :meth:`loss`, tried on the beginnings of ``rows``."""
+        return NONE
 
     # Measuring ------------------------------------------------------------------------------------
 

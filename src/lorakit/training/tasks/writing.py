@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lorakit.bases import model_kind
+from lorakit.bases.quiet import quiet_transformers
 from lorakit.errors import ModelError
 from lorakit.records import Evaluation
-from lorakit.text.generate import generate
+from lorakit.text.generate import evaluating, generate
 from lorakit.text.supervise import prompt_tokens, source_text, source_tokens
+from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import IGNORED, EncodedRow
 from lorakit.training.tasks.labelled import Labelled, logits_of, unwrapped
+from lorakit.training.tasks.shortcuts import NONE, Shortcuts, alike, head_at, head_of
 from lorakit.training.tasks.task import Usual
 
 if TYPE_CHECKING:
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 
 NUM_WRITTEN = 3
 NEW_TOKENS = 48
+TRIED = 13
 
 
 class Writing(Labelled):
@@ -46,18 +55,64 @@ class Writing(Labelled):
 
     def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return logits ``[B, T, words]``."""
-        inputs = dict(batch)
+        inputs: dict[str, Any] = dict(batch)
         if _is_encoder_decoder(model):
             inputs["decoder_input_ids"] = _shifted_right(model, batch["labels"])
+        if _takes_use_cache(type(unwrapped(model)).forward):
+            inputs["use_cache"] = False  # keys and values are kept for writing on, which nobody does here
         return logits_of(model, inputs, 3, "one score per word at every position")
 
-    def predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def predictions(
+        self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE
+    ) -> tuple[Tensor, Tensor]:
         """Return the logits of all supervised tokens; a decoder's at one position predict the next token."""
-        logits, labels = self.outputs(model, batch), batch["labels"]
+        labels = batch["labels"]
         if not _is_encoder_decoder(model):
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         supervised = labels != IGNORED
-        return logits[supervised], labels[supervised]
+        inputs = {k: v for k, v in batch.items() if not (k == "attention_mask" and shortcuts.without_mask)}
+        if not shortcuts.supervised_only:
+            return self.outputs(model, inputs)[supervised], labels[supervised]
+        places = torch.arange(labels.numel(), device=labels.device)[supervised.flatten()]
+        with head_at(model, places, (labels.shape[0], labels.shape[1])):
+            logits = self.outputs(model, inputs)
+        gathered = logits.shape[:2] == (1, len(places))
+        return logits[0] if gathered else logits[supervised], labels[supervised]
+
+    def possible_shortcuts(self, model: nn.Module) -> Shortcuts:
+        """Take a head that the model names; a mask is left out for decoders, whose tokens see what is before them.
+
+        A compiled model gets neither: the number of positions would be another in every step, and without values
+        transformers makes a mask of its own.
+        """
+        if unwrapped(model) is not model:
+            return NONE
+        return Shortcuts(head_of(model) is not None, not _is_encoder_decoder(model))
+
+    @torch.no_grad()
+    def shortcuts(self, model: nn.Module, collate: Collator, rows: Sequence[EncodedRow]) -> Shortcuts:
+        """Compare the logits of two short rows, one padded, with those of the whole computation."""
+        possible = self.possible_shortcuts(model)
+        if possible == NONE:
+            return NONE
+        device = next(model.parameters()).device
+        tried = _beginnings(rows, min(TRIED, self.spec.max_length))
+        batch = {key: value.to(device) for key, value in collate(tried).items()}
+        # Some models advise once to give a mask where there is padding; that advice is for other uses.
+        with evaluating(model), quiet_transformers():
+            expected = self.predictions(model, batch)[0]
+
+            def holds(shortcuts: Shortcuts) -> bool:
+                return alike(self.predictions(model, batch, shortcuts)[0], expected)
+
+            supervised_only = possible.supervised_only and holds(Shortcuts(supervised_only=True))
+            without_mask = possible.without_mask and holds(Shortcuts(without_mask=True))
+            if without_mask:  # rounding could hide a little of the padding: other padding must change no bit
+                first = self.predictions(model, batch, Shortcuts(without_mask=True))[0]
+                ids = batch["input_ids"]
+                other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 1, ids, ids[0, 0])}
+                without_mask = torch.equal(first, self.predictions(model, other, Shortcuts(without_mask=True))[0])
+        return Shortcuts(supervised_only, without_mask)
 
     def scored(self, loss: float, num_rows: int, truth: Tensor, predicted: Tensor) -> Evaluation:
         """Return perplexity and the share of tokens predicted exactly."""
@@ -96,6 +151,24 @@ class Writing(Labelled):
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
+
+
+@functools.cache
+def _takes_use_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
+
+
+def _beginnings(rows: Sequence[EncodedRow], most: int) -> list[EncodedRow]:
+    """Return two rows of ``most`` tokens and about half of them, some supervised, made of the longest row's first."""
+    row = max(rows, key=lambda row: len(row.input_ids))
+    assert isinstance(row.labels, list)
+    targets = [label for label in row.labels if label != IGNORED] or row.input_ids
+    ids, targets, types = ((part * most)[:most] for part in (row.input_ids, targets, row.token_type_ids or []))
+    masked = most // 3
+    return [
+        replace(row, input_ids=ids[:n], labels=[IGNORED] * masked + targets[masked:n], token_type_ids=types[:n] or None)
+        for n in (most, most // 2 + 1)
+    ]
 
 
 def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
