@@ -17,10 +17,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist work
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow check format bench gates experiments clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) WORKERS=$(WORKERS) PYTEST_ARGS=... TORCH_INDEX=..."
 
 demo: $(STAMP) ## Sort customer messages with MiniLM, then mend a network's worst digit; two reports
@@ -46,6 +46,12 @@ bench: $(STAMP) ## Run the benchmarks, one after the other
 	@set -e; for file in benchmarks/startup.py $(sort $(wildcard benchmarks/bench_*.py)); do \
 		echo "== $$file"; $(BIN)/python $$file; \
 	done
+
+gates: $(STAMP) ## Run every method's claims on several seeds (minutes); goes on where it was
+	@$(BIN)/python experiments/run_gates.py
+
+experiments: $(STAMP) ## Compare all methods on real work (an hour or two); goes on where it was
+	@$(BIN)/python experiments/run_methods.py
 
 clean: ## Remove .venv, caches and build artefacts
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,16 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters import Handle, handle_of
+from lorakit.adapters import Handle, attach, handle_of
 from lorakit.adapters.targets import find_sites
+from lorakit.errors import UnsupportedLayerError
 from lorakit.layers import BranchOps, Site
 from lorakit.methods import AdapterParts, Method, ModelPart, find_method, method_names
 
 ROWS = 4
 # Fields for methods that do not take a rank and an alpha; alpha != rank, so that a scale left out shows.
-SETTINGS: dict[str, dict[str, object]] = {}
 RANK, ALPHA = 3, 5.0
+SETTINGS: dict[str, dict[str, object]] = {"vera": {"rank": RANK}}
 
 
 def method_named(name: str, **fields: object) -> Method:
@@ -201,6 +203,50 @@ BRANCHES = [kind for kind in KINDS if isinstance(sites_of_kind(one_layer(kind), 
 WEIGHTS = [kind for kind in KINDS if kind not in BRANCHES]
 
 
+# A kind of each family: enough for a method whose updates are another's.
+FAMILIES = ["linear", "linear in parts", "transposed", "embedding", "conv2d", "attention", "lstm", "experts"]
+
+
+def refusal(method: str, kind: str) -> str | None:
+    """Return why a method refuses a kind of layer by name, or None where it acts on it."""
+    model = one_layer(kind)
+    try:
+        method_named(method).check(sites_of_kind(model, kind))
+    except UnsupportedLayerError as error:
+        return str(error)
+    return None
+
+
+def _computing(method: str) -> object:
+    """Return what a method's updates compute and keep, as functions."""
+    update = next(iter(attach(one_layer("linear"), method_named(method), "layer").updates().values()))
+    return type(update).terms, type(update).tensors, type(update).load
+
+
+def _cells() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return which methods are tried on which kinds, and which of them are refused."""
+    tried: list[tuple[str, str]] = []
+    refused: list[tuple[str, str]] = []
+    known: list[object] = []
+    for method in sorted(METHODS, key=lambda name: (name != "lora", name)):
+        new = _computing(method) not in known
+        known.append(_computing(method))
+        for kind in KINDS if new else FAMILIES:
+            (tried if refusal(method, kind) is None else refused).append((method, kind))
+    return tried, refused
+
+
+CELLS, REFUSED = _cells()
+# Methods that act on every kind of layer, one for each way of computing.
+WHOLE = [method for method in METHODS if all((method, kind) in CELLS for kind in KINDS)]
+
+
+def cells_of(kinds: Iterable[str]) -> list[tuple[str, str]]:
+    """Return methods with these kinds: the plain ones with all, the others with one of each family."""
+    plain = ("lora", "dora")
+    return [(method, kind) for method, kind in CELLS if kind in kinds and (method in plain or kind in FAMILIES)]
+
+
 class Tower(nn.Module):
     """Two numbered blocks and a head over tokens: enough structure for targets, ties and heads."""
 
@@ -259,7 +305,12 @@ class SoftPrompt(Method):
         return False
 
     def build(
-        self, model: nn.Module, sites: Sequence[Site], generator: torch.Generator, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        seen: Mapping[str, object] = MappingProxyType({}),
     ) -> AdapterParts:
         return AdapterParts({}, {"prompt": AddedPrompt(self.width, dtype)})
 

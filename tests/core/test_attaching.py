@@ -73,7 +73,7 @@ MODELS: dict[str, Callable[[Build], nn.Module]] = {
 def test_detaching_leaves_the_model_exactly_as_before(build: Build, method: str, name: str) -> None:
     model = MODELS[name](build)
     before = snapshot(model)
-    handle = lk.attach(model, method_named(method, bias="none"))
+    handle = lk.attach(model, method_named(method))
     handle.add("second", method_named(method), train_modules="norm" if "norm" in dict(model.named_children()) else ())
     assert snapshot(model) != before
     assert handle.detach() is model

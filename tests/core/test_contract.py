@@ -11,13 +11,17 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.adapters.targets import find_sites
+from lorakit.errors import UnsupportedLayerError
 from lorakit.layers import Site
+from lorakit.methods import find_method
 
 from .models import (
     ALPHA,
+    CELLS,
     KINDS,
     METHODS,
     RANK,
+    REFUSED,
     ROWS,
     OneLayer,
     fill_with_noise,
@@ -30,10 +34,9 @@ from .models import (
 # largest term; the terms here are of order 1 to 10.
 SUM_ORDER = 2e-5
 
-every_cell = [(method, kind) for method in METHODS for kind in KINDS]
 # torch says so of every projected LSTM on a CPU
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-cells = pytest.mark.parametrize(("method", "kind"), every_cell)
+cells = pytest.mark.parametrize(("method", "kind"), CELLS)
 
 
 def attached(method: str, kind: str, **fields: object) -> tuple[OneLayer, Handle, Tensor]:
@@ -59,6 +62,14 @@ def test_the_cells_use_an_alpha_that_is_not_the_rank() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cells_use_layers_that_are_not_square(kind: str) -> None:
     assert all(site.d_out != site.d_in for site in find_sites(one_layer(kind), KINDS[kind].target))
+
+
+@pytest.mark.parametrize(("method", "kind"), REFUSED)
+def test_a_layer_that_a_method_cannot_act_on_is_refused_by_name(method: str, kind: str) -> None:
+    model = one_layer(kind)
+    with pytest.raises(UnsupportedLayerError, match=rf"method '{method}'.*'layer"):
+        lk.attach(model, method_named(method), KINDS[kind].target)
+    assert lk.handle_of(model) is None
 
 
 @cells
@@ -173,7 +184,7 @@ def test_only_its_own_parameters_get_gradients(method: str, kind: str) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters("default").values())
 
 
-graph_cells = pytest.mark.parametrize(("method", "kind"), [cell for cell in every_cell if KINDS[cell[1]].one_graph])
+graph_cells = pytest.mark.parametrize(("method", "kind"), [cell for cell in CELLS if KINDS[cell[1]].one_graph])
 
 
 @graph_cells
@@ -234,8 +245,13 @@ def test_disabled_equals_the_base_bit_for_bit(method: str, kind: str) -> None:
         assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("fields", [{"scaling": "rslora"}, {"init": "gaussian"}, {"bias": "lora_only"}])
-@pytest.mark.parametrize("method", METHODS)
+VARIANTS: list[dict[str, object]] = [{"scaling": "rslora"}, {"init": "gaussian"}, {"bias": "lora_only"}]
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [(name, fields) for name in METHODS for fields in VARIANTS if fields.keys() <= find_method(name).summary().keys()],
+)
 @pytest.mark.parametrize("kind", ["linear", "transposed", "conv2d"])
 def test_variants_merge_and_unmerge_like_the_plain_ones(method: str, kind: str, fields: dict[str, object]) -> None:
     model, handle, x = trained(method, kind, **fields)
@@ -252,7 +268,9 @@ def test_the_same_seed_gives_the_same_start(method: str) -> None:
         model = OneLayer(nn.Linear(6, 10))
         with torch.no_grad():
             model.layer.weight.fill_(1.0)
-        return dict(lk.attach(model, method_named(method), "layer", seed=seed).parameters())
+        handle = lk.attach(model, method_named(method), "layer", seed=seed)
+        state = handle.state()
+        return {**{f"{p}.{n}": t for p, site in state.sites.items() for n, t in site.tensors.items()}, **state.shared}
 
     first, second, other = start(1), start(1), start(2)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

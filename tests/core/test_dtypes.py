@@ -21,6 +21,7 @@ from .models import (
     ROWS,
     WEIGHTS,
     OneLayer,
+    cells_of,
     fill_with_noise,
     float_inputs,
     method_named,
@@ -67,8 +68,7 @@ def noisy(method: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[O
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", BRANCHES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(BRANCHES))
 def test_merged_equals_unmerged_within_the_bases_rounding(method: str, kind: str, dtype: torch.dtype) -> None:
     model, handle, x = noisy(method, kind, dtype)
     assert {p.dtype for p in handle.parameters().values()} == {torch.float32}
@@ -83,8 +83,7 @@ def test_merged_equals_unmerged_within_the_bases_rounding(method: str, kind: str
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(WEIGHTS))
 @torch.no_grad()
 def test_a_layer_that_runs_with_other_weights_has_the_merged_ones_bits(
     method: str, kind: str, dtype: torch.dtype
@@ -103,8 +102,7 @@ def test_a_layer_that_runs_with_other_weights_has_the_merged_ones_bits(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(KINDS))
 @torch.no_grad()
 def test_step_0_is_unchanged_on_every_dtype(method: str, kind: str, dtype: torch.dtype) -> None:
     model = one_layer(kind, dtype).eval()
@@ -115,8 +113,7 @@ def test_step_0_is_unchanged_on_every_dtype(method: str, kind: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(KINDS))
 def test_gradients_are_fp32_on_a_base_of_any_dtype(method: str, kind: str, dtype: torch.dtype) -> None:
     model, handle, x = noisy(method, kind, dtype)
     model.train()(x).float().square().mean().backward()
@@ -126,8 +123,7 @@ def test_gradients_are_fp32_on_a_base_of_any_dtype(method: str, kind: str, dtype
         assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", BRANCHES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(BRANCHES))
 def test_merged_equals_unmerged_under_autocast(method: str, kind: str) -> None:
     model, handle, x = noisy(method, kind)
     bound = ROUNDINGS * torch.finfo(torch.bfloat16).eps * magnitude(model, handle, x, kind)
@@ -141,8 +137,7 @@ def test_merged_equals_unmerged_under_autocast(method: str, kind: str) -> None:
     torch.testing.assert_close(merged.float(), unmerged.float(), rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(WEIGHTS))
 @torch.no_grad()
 def test_a_layer_that_runs_with_other_weights_has_the_merged_ones_bits_under_autocast(method: str, kind: str) -> None:
     model, handle, x = noisy(method, kind)
@@ -153,8 +148,7 @@ def test_a_layer_that_runs_with_other_weights_has_the_merged_ones_bits_under_aut
         assert torch.equal(model(x), unmerged)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(KINDS))
 def test_training_under_autocast_gives_fp32_gradients_and_leaves_the_base(method: str, kind: str) -> None:
     model = one_layer(kind)
     handle = lk.attach(model, method_named(method), KINDS[kind].target)
@@ -165,8 +159,7 @@ def test_training_under_autocast_gives_fp32_gradients_and_leaves_the_base(method
     assert handle.digest() == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(KINDS))
 def test_a_merged_weight_is_the_same_under_autocast(method: str, kind: str) -> None:
     model, handle, _ = noisy(method, kind)
     handle.merge()
@@ -205,8 +198,7 @@ def dropped(method: str, kind: str, p: float = 0.5) -> tuple[OneLayer, Handle]:
     return model, handle
 
 
-@pytest.mark.parametrize("kind", BRANCHES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(BRANCHES))
 def test_dropout_acts_in_training_only_and_merging_equals_evaluation(method: str, kind: str) -> None:
     model, handle = dropped(method, kind)
     x = KINDS[kind].inputs(ROWS)
@@ -228,8 +220,7 @@ def test_dropout_is_refused_by_name_where_an_updates_own_input_cannot_be_dropped
     assert lk.handle_of(model) is None
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding", "transposed"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(["linear", "embedding", "transposed"]))
 def test_the_mean_over_many_draws_of_dropout_is_the_undropped_update(method: str, kind: str) -> None:
     model, _ = dropped(method, kind)
     draws = 20_000

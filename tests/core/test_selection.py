@@ -11,7 +11,7 @@ from lorakit.adapters import Handle
 from lorakit.errors import AdapterError
 from lorakit.layers import Site
 
-from .models import KINDS, METHODS, ROWS, Tower, fill_with_noise, method_named, one_layer, tokens_for
+from .models import KINDS, ROWS, Tower, cells_of, fill_with_noise, method_named, one_layer, tokens_for
 
 # Sums of the same fp32 terms in another order, see test_contract.
 SUM_ORDER = 2e-5
@@ -29,8 +29,7 @@ def pair() -> tuple[Tower, Handle, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), cells_of(KINDS))
 @pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 0.3, "b": -1.5}, {"b": 2.0}])
 def test_several_adapters_are_the_weighted_sum_of_their_deltas(
     method: str, kind: str, weights: dict[str, float]

@@ -124,9 +124,10 @@ def test_a_module_trained_in_full_of_another_size_is_named() -> None:
 def test_missing_and_left_over_tensors_are_named(method: str) -> None:
     state = state_of(method)
     site = state.sites["head"]
-    tensors = {"A": site.tensors["A"], "C": torch.zeros(2)}
+    missing, *_ = site.tensors
+    tensors = {**{name: t for name, t in site.tensors.items() if name != missing}, "other": torch.zeros(2)}
     broken = {**state.sites, "head": dataclasses.replace(site, tensors=tensors)}
-    match = r"(?s)'head': the adapter has no tensor 'B'.*'head': tensor 'C' has no place here"
+    match = rf"(?s)'head': the adapter has no tensor '{missing}'.*'head': tensor 'other' has no place here"
     refused(Tower(), dataclasses.replace(state, sites=broken), ShapeError, match)
 
 

@@ -14,7 +14,7 @@ import lorakit as lk
 from lorakit.adapters import Handle
 from lorakit.adapters.targets import find_sites
 
-from .models import METHODS, fill_with_noise, method_named, pickled, train_some_steps
+from .models import METHODS, WHOLE, fill_with_noise, method_named, pickled, train_some_steps
 
 # torch's own, where it takes padding out of a batch
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
@@ -240,7 +240,7 @@ def test_the_words_mean_the_layers_of_a_transformer_of_torchs() -> None:
     assert sorted(paths(model, "all-linear")) == sorted([*inside, *plain, "head"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE)
 def test_a_whole_transformer_is_trained_merged_saved_and_routed(method: str) -> None:
     model, x = Translates().eval(), tokens()
     base = model(x)

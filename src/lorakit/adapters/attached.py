@@ -24,7 +24,7 @@ class Counts:
     """How many numbers an adapter has.
 
     Attributes:
-        updates: in the method's updates and parts.
+        updates: in the method's updates and parts, and in rows of tokens.
         full: in modules trained in full (heads, embeddings, norms).
         base: in the base model, each tied parameter once.
     """
@@ -57,6 +57,7 @@ class Attached:
         method: its method.
         sites: host and place by path of every update, in the model's order.
         biases: the same of other weights, of which only the bias is trained; a module without ops has the place ''.
+        rows: the same of rows of tokens that are trained whole.
         copies: modules that hold parameters and are trained in full, by path.
         full_modules: the modules trained in full, as chosen.
         new_modules: modules of the base that a checkpoint did not hold.
@@ -69,6 +70,7 @@ class Attached:
     method: Method
     sites: dict[str, tuple[str, str]]
     biases: dict[str, tuple[str, str]]
+    rows: dict[str, tuple[str, str]]
     copies: tuple[str, ...]
     full_modules: tuple[str, ...]
     new_modules: tuple[str, ...]
@@ -83,8 +85,8 @@ class Attached:
         return tuple(self.sites)
 
     def branches(self, model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Update | ModuleCopy]]:
-        """Yield path, host and this adapter's branch of every update, trained bias and module trained in full."""
-        for path, (host_path, place) in (*self.sites.items(), *self.biases.items()):
+        """Yield path, host and this adapter's branch of every update, trained bias, rows and module in full."""
+        for path, (host_path, place) in (*self.sites.items(), *self.biases.items(), *self.rows.items()):
             host = model.get_submodule(host_path)
             branch = _branches_of(host).named()[name]
             yield path, host, branch.at(place) if isinstance(branch, Updates) else branch
@@ -274,11 +276,11 @@ def parameters_of(model: nn.Module, name: str, entry: Attached) -> dict[str, nn.
 
 
 def not_the_bases(model: nn.Module, entry: Attached) -> tuple[str, ...]:
-    """Return the modules that the base's identity leaves out: new ones, and those trained in full.
+    """Return what the base's identity leaves out: new modules, those trained in full, and rows trained whole.
 
     An adapter that trains every module belongs to all of the base as it was: then nothing is left out.
     """
-    exclude = tuple(sorted({*entry.full_modules, *entry.new_modules}))
+    exclude = tuple(sorted({*entry.full_modules, *entry.new_modules, *entry.rows}))
     return exclude if any(not is_below(path, exclude) for path, _ in base_parameters(model)) else ()
 
 

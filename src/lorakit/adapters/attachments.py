@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.adapters import attached, capture
+from lorakit.adapters import attached, capture, token_rows
 from lorakit.adapters.attached import Attached
+from lorakit.adapters.beginning import begin
 from lorakit.adapters.blocks import Layers
 from lorakit.adapters.branches import Active
 from lorakit.adapters.checkpointing import InputGradients
@@ -19,8 +20,9 @@ from lorakit.adapters.identity import Identity, identify
 from lorakit.adapters.state import AdapterState
 from lorakit.adapters.targets import as_entries, find_full_modules, find_sites, shortest_names
 from lorakit.errors import AdapterError, bullet_list, did_you_mean
+from lorakit.inits import Calibration
 from lorakit.layers import Site
-from lorakit.methods import Method, find_method
+from lorakit.methods import AdapterParts, Method, find_method
 
 
 class Attachments(ABC):
@@ -67,27 +69,34 @@ class Attachments(ABC):
         new_modules: Sequence[str] = (),
         seed: int | None = None,
         dtype: torch.dtype = torch.float32,
+        calibration: Calibration | None = None,
+        blank: bool = False,
     ) -> Attached:
         """Add an adapter and make it the only one that acts. See :func:`lorakit.attach` for the arguments."""
         self._check_new(name)
         method = find_method(method)
         named = [*as_entries(train_modules), *method.modules_in_full(self.model)]
-        full = find_full_modules(self.model, named)
+        whole, parts_of = token_rows.parted(named)
+        full = find_full_modules(self.model, whole)
         leaves = attached.plan_copies(self.model, full)
         sites = find_sites(self.model, targets, exclude, layers, skip=full) if method.needs_sites() else []
+        rows = token_rows.find_rows(self.model, parts_of, full, sites)
         method.check(sites)
+        method, parts = begin(self.model, self.active, method, sites, calibration, seed, dtype, blank)
+        sites = [site for site in sites if site.path in parts.updates]
         biases = attached.plan_biases(self.model, sites, method.trained_biases(), full)
         entry = Attached(
             method=method,
             sites={site.path: (site.host, site.place) for site in sites},
             biases=biases,
+            rows=rows,
             copies=tuple(leaves),
             full_modules=tuple(full),
             new_modules=tuple(new_modules),
             targets=tuple(shortest_names(self.model, [site.path for site in sites], full)),
             dtype=dtype,
         )
-        self._install(name, entry, sites, leaves, seed)
+        self._install(name, entry, sites, leaves, parts)
         self.use(name)
         return entry
 
@@ -107,13 +116,15 @@ class Attachments(ABC):
             method=state.method,
             sites={site.path: (site.host, site.place) for site in sites},
             biases=biases,
+            rows=token_rows.saved_rows(self.model, state),
             copies=tuple(leaves),
             full_modules=state.full_modules,
             new_modules=() if state.identity is None else state.identity.excluded,
             targets=tuple(state.targets),
             dtype=capture.dtype_of(state),
         )
-        self._install(name, entry, sites, leaves, seed=0)
+        _, parts = begin(self.model, self.active, state.method, sites, None, 0, entry.dtype, blank=True)
+        self._install(name, entry, sites, leaves, parts)
         try:
             capture.fill(self, name, state)
         except BaseException:  # the model must not keep half an adapter
@@ -125,8 +136,8 @@ class Attachments(ABC):
 
     def set_state(self, state: AdapterState, name: str | None = None) -> None:
         """Give an attached adapter the tensors of ``state``, bit for bit; they must fit."""
-        self.entry(self.one(name))
-        capture.fill(self, self.one(name), state)
+        self.known([name := self.one(name)])
+        capture.fill(self, name, state)
 
     def remove(self, name: str) -> None:
         """Remove one adapter; a layer without any is of its own class again."""
@@ -187,8 +198,7 @@ class Attachments(ABC):
         if name is not None:
             return name
         acting = list(self.active.weights)
-        choice = acting if len(acting) == 1 else self.names
-        if len(choice) != 1:
+        if len(choice := acting if len(acting) == 1 else self.names) != 1:
             raise AdapterError(f"say which adapter: {', '.join(self.names) or 'none is attached'}.")
         return choice[0]
 
@@ -202,20 +212,13 @@ class Attachments(ABC):
             )
 
     def _install(
-        self,
-        name: str,
-        entry: Attached,
-        sites: Sequence[Site],
-        leaves: Mapping[str, nn.Module],
-        seed: int | None,
+        self, name: str, entry: Attached, sites: Sequence[Site], leaves: Mapping[str, nn.Module], parts: AdapterParts
     ) -> None:
-        start = int(torch.randint(2**62, (1,))) if seed is None else seed
-        generator = torch.Generator().manual_seed(start)
-        parts = entry.method.build(self.model, sites, generator, entry.dtype)
         entry.parts.update(parts.parts)
         try:
             attached.install_updates(self.model, name, self.active, sites, parts.updates)
             attached.install_biases(self.model, name, self.active, entry.biases, entry.dtype)
+            token_rows.install_rows(self.model, name, self.active, entry.rows, entry.dtype)
             attached.install_copies(self.model, name, self.active, leaves, entry.dtype)
             attached.install_parts(self.model, name, self.active, entry)
         except BaseException:  # the model must not keep half an adapter

@@ -273,7 +273,7 @@ def differences(host: nn.Module, branch: Branch) -> dict[str, Tensor]:
     for ops, update in branch.each():
         W = ops.weight(host).detach()
         terms = update.terms(ops, host)
-        if terms.A is not None:
+        if terms.A is not None or terms.dense is not None:
             change = ops.as_weight(host, terms.change(ops.as_matrix(host, W)))
             found[ops.parameter] = found[ops.parameter] + change if ops.parameter in found else change
         if terms.bias_shift is not None:

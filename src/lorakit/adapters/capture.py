@@ -13,12 +13,15 @@ from lorakit.adapters.attached import Counts
 from lorakit.adapters.copies import ModuleCopy
 from lorakit.adapters.host import base_parameters
 from lorakit.adapters.state import AdapterState, SiteState
-from lorakit.adapters.targets import base_modules
-from lorakit.errors import ShapeError, TargetError, bullet_list, did_you_mean
+from lorakit.adapters.targets import base_modules, shortest_names
+from lorakit.adapters.token_rows import RowsUpdate
+from lorakit.errors import ShapeError, TargetError, bullet_list, did_you_mean, quoted
 from lorakit.layers import Site, sites_of
 from lorakit.layers.ops import Runs
 from lorakit.layers.site import PART, part_site
-from lorakit.methods import Update
+from lorakit.methods import Method, Update
+from lorakit.methods.method import copy_strictly
+from lorakit.methods.shared import Shared, SharingUpdate
 
 if TYPE_CHECKING:
     from lorakit.adapters.attachments import Attachments
@@ -31,11 +34,18 @@ def capture(handle: Attachments, name: str) -> AdapterState:
     order: dict[str, tuple[int, int]] = {}
     biases: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, SiteState] = {}
+    written: set[int] = set()
     hosts: dict[int, int] = {}
     for path, host, branch in entry.branches(handle.model, name):
         tensors = {key: _plain(tensor) for key, tensor in branch.tensors().items()}
         if isinstance(branch, ModuleCopy) and branch.only is None:
             modules[path] = tensors
+            continue
+        if isinstance(branch, RowsUpdate):
+            if id(branch.rows) not in written:
+                rows[path] = _rows_state(Site.at(handle.model, path), tensors)
+            written.add(id(branch.rows))
             continue
         if "bias" in tensors:
             biases[path] = tensors.pop("bias")
@@ -47,16 +57,34 @@ def capture(handle: Attachments, name: str) -> AdapterState:
     parts = {
         key: {inner: _plain(tensor) for inner, tensor in part.state_dict().items()} for key, part in entry.parts.items()
     }
+    updates = {path: branch for path, _, branch in entry.branches(handle.model, name) if isinstance(branch, Update)}
+    targets = entry.targets
+    if sites.keys() != entry.sites.keys():  # an update that has come to nothing is not saved
+        targets = tuple(shortest_names(handle.model, [p for p in entry.sites if p in sites], entry.full_modules))
     return AdapterState(
-        method=entry.method,
+        method=entry.method.finished(updates),
         sites={path: sites[path] for path in sorted(sites, key=lambda path: order[path])},
         biases=biases,
         modules=modules,
+        rows=rows,
         parts=parts,
-        targets=entry.targets,
+        shared={key: _plain(tensor) for one in shared_of(updates)[:1] for key, tensor in one.tensors().items()},
+        targets=targets,
         full_modules=entry.full_modules,
         identity=handle.identity(name),
     )
+
+
+def shared_of(updates: Mapping[str, Update]) -> list[Shared]:
+    """Return what an adapter's updates share, once for each device."""
+    found = {id(update.shared): update.shared for update in updates.values() if isinstance(update, SharingUpdate)}
+    return list(found.values())
+
+
+def _rows_state(site: Site, tensors: dict[str, Tensor]) -> SiteState:
+    shape = tuple(site.ops.weight(site.layer).shape)
+    biased = {} if site.ops.bias(site.layer) is None else {"bias": True}
+    return SiteState(site.ops.kind, shape, tensors, site.runs, biased)
 
 
 def _position(host: nn.Module, parameter: str) -> int:
@@ -86,18 +114,22 @@ def counts(handle: Attachments, name: str) -> Counts:
     entry = handle.adapters[name]
     updates = sum(p.numel() for part in entry.parts.values() for p in part.parameters())
     full: dict[int, int] = {}
+    rows: dict[int, int] = {}  # by parameter: of tied tables there is one
     for _, _, branch in entry.branches(handle.model, name):
         if isinstance(branch, ModuleCopy):
             full.update({id(p): p.numel() for p in branch.own_parameters().values()})
+        elif isinstance(branch, RowsUpdate):
+            rows[id(branch.rows)] = branch.rows.numel()
         else:
             updates += sum(p.numel() for p in branch.parameters())
-    return Counts(updates, sum(full.values()), sum(p.numel() for _, p in base_parameters(handle.model)))
+    base = sum(p.numel() for _, p in base_parameters(handle.model))
+    return Counts(updates + sum(rows.values()), sum(full.values()), base)
 
 
 def dtype_of(state: AdapterState) -> torch.dtype:
     """Return the one dtype of an adapter's tensors: the widest that occurs, fp32 where there are none."""
     groups = [
-        *(site.tensors for site in state.sites.values()),
+        *(site.tensors for site in (*state.sites.values(), *state.rows.values())),
         *state.modules.values(),
         *state.parts.values(),
         state.biases,
@@ -201,7 +233,14 @@ def fill(handle: Attachments, name: str, state: AdapterState) -> None:
     """
     problems: list[str] = []
     entry = handle.adapters[name]
+    filled: set[int] = set()
     for path, _, branch in entry.branches(handle.model, name):
+        if isinstance(branch, RowsUpdate):
+            if path in state.rows or id(branch.rows) not in filled:
+                saved = state.rows[path].tensors if path in state.rows else {}
+                problems += [f"'{path}': {problem}" for problem in branch.load(saved)]
+            filled.add(id(branch.rows))
+            continue
         given = dict(state.sites[path].tensors) if path in state.sites and isinstance(branch, Update) else {}
         runs = state.sites[path].runs if path in state.sites else None
         if runs is not None and (own := Site.at(handle.model, path).runs) != runs:
@@ -211,24 +250,23 @@ def fill(handle: Attachments, name: str, state: AdapterState) -> None:
             given["bias"] = state.biases[path]
         if path in state.modules:
             given = dict(state.modules[path])
-        problems += _copy_into(path, branch.tensors(), given)
+        found = branch.load(given) if isinstance(branch, Update) else copy_strictly(branch.tensors(), given)
+        problems += [f"'{path}': {problem}" for problem in found]
+    updates = {path: branch for path, _, branch in entry.branches(handle.model, name) if isinstance(branch, Update)}
+    problems += _fill_shared(entry.method, updates, state)
     for key, part in entry.parts.items():
-        problems += _copy_into(key, part.state_dict(keep_vars=True), dict(state.parts.get(key, {})))
+        found = copy_strictly(part.state_dict(keep_vars=True), dict(state.parts.get(key, {})))
+        problems += [f"'{key}': {problem}" for problem in found]
     if problems:
         raise ShapeError(bullet_list(problems[:8]))
 
 
-@torch.no_grad()
-def _copy_into(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    problems = []
-    for key in sorted({*own, *given}):
-        if key not in given:
-            problems.append(f"'{path}': the adapter has no tensor '{key}'")
-        elif key not in own:
-            problems.append(f"'{path}': tensor '{key}' has no place here")
-        elif own[key].shape != given[key].shape:
-            found, expected = tuple(given[key].shape), tuple(own[key].shape)
-            problems.append(f"'{path}': tensor '{key}' is {found} in the adapter, {expected} here")
-        else:
-            own[key].copy_(given[key])
-    return problems
+def _fill_shared(method: Method, updates: Mapping[str, Update], state: AdapterState) -> list[str]:
+    """Take a saved adapter's shared tensors; without any, those that were drawn must be its own."""
+    own = shared_of(updates)
+    if state.shared or not own:
+        stray = [] if own or not state.shared else [f"shared tensors {quoted(list(state.shared))} have no place here"]
+        return stray + [problem for shared in own for problem in shared.load(state.shared)]
+    if method.finished(updates) != state.method:
+        return ["the adapter's shared tensors are not there, and these were drawn from another seed"]
+    return []

@@ -40,8 +40,12 @@ class Coverage:
 def coverage(model: nn.Module, sites: Sequence[Site], full: Sequence[str] = ()) -> Coverage:
     """Count which matrix parameters of the base are reached by ``sites`` or trained in full."""
     numbers: dict[int, int] = {}
+    tied: set[tuple[int, object]] = set()
     for site in sites:
         weight = id(site.ops.weight(site.layer))
+        if (weight, site.runs) in tied:
+            continue
+        tied.add((weight, site.runs))
         numbers[weight] = numbers.get(weight, 0) + site.matrix().numel()
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied ones under each of their names
         if is_below(name.rpartition(".")[0], full):

@@ -29,6 +29,7 @@ from lorakit.adapters.routing import Route, Routing
 from lorakit.adapters.state import AdapterState
 from lorakit.adapters.verification import Verification, verify
 from lorakit.errors import AdapterError, MergeError, quoted
+from lorakit.inits import Calibration
 from lorakit.layers import Site
 from lorakit.methods import Method, Update
 
@@ -107,7 +108,9 @@ class Handle(Attachments):
     def updates(self, name: str | None = None) -> dict[str, Update]:
         """Return an adapter's updates by layer path."""
         name = self.one(name)
-        return {p: b for p, _, b in self.entry(name).branches(self.model, name) if isinstance(b, Update)}
+        entry = self.entry(name)
+        found = {p: b for p, _, b in entry.branches(self.model, name) if p not in entry.rows}
+        return {path: branch for path, branch in found.items() if isinstance(branch, Update)}
 
     def counts(self, name: str | None = None) -> Counts:
         """Count an adapter's numbers and the base's."""
@@ -117,7 +120,8 @@ class Handle(Attachments):
     def coverage(self, name: str | None = None) -> Coverage:
         """Say which share of the base's matrix parameters an adapter reaches."""
         entry = self.entry(self.one(name))
-        return coverage(self.model, [Site.at(self.model, path) for path in entry.paths], entry.full_modules)
+        sites = [Site.at(self.model, path) for path in (*entry.paths, *entry.rows)]
+        return coverage(self.model, sites, entry.full_modules)
 
     def delta(self, path: str, name: str | None = None) -> Tensor:
         """Return one layer's update as a matrix, ``[d_out, d_in]`` in fp32, at strength 1."""
@@ -224,35 +228,35 @@ def attach(
     new_modules: Sequence[str] = (),
     seed: int | None = None,
     dtype: torch.dtype = torch.float32,
+    calibration: Calibration | None = None,
+    blank: bool = False,
 ) -> Handle:
-    """Attach a new adapter to ``model`` (changed in place; no base weight is written) and return the handle.
+    """Attach an adapter to ``model`` in place (no base weight is written) and return the handle.
 
     >>> model = nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
-    >>> handle = attach(model, {"name": "lora", "rank": 10}, targets="0")
-    >>> handle.counts().updates  # 10 * (100 + 100) instead of 100 * 100
+    >>> attach(model, {"name": "lora", "rank": 10}, "0").counts().updates  # 10 * (100 + 100) instead of 100 * 100
     2000
 
     Args:
         model: any ``nn.Module``; its parameters stop requiring gradients until :meth:`Handle.detach`.
         method: a method, such as ``LoRA(rank=8)``, or its name.
-        targets: layers by exact path, suffix, glob, ``re:`` regular expression, or one of the words
-            'attention', 'mlp' and 'all-linear'; several in a list or separated by commas.
+        targets: layers by path, suffix, glob, ``re:`` expression, or a word: 'attention', 'mlp', 'all-linear'.
         name: the adapter's name.
         exclude: entries like those of ``targets``, to leave out again.
         layers: block numbers to keep: ``"0-5"``, ``"last:4"``, ``[0, 2]``.
-        train_modules: modules of which the adapter trains its own full copy: paths, suffixes or 'head'.
+        train_modules: modules of which the adapter trains its own full copy: paths, suffixes or 'head'; or rows of
+            an embedding or a head, such as ``embed_tokens[32000:32010]``.
         new_modules: modules that the base's checkpoint did not hold, left out of the base's identity.
         seed: seed of the starting values; None draws one from torch's generator.
         dtype: dtype of the adapter's parameters, on a base of any dtype.
+        calibration: examples for methods and inits that look at the model before they start.
+        blank: start from zeros of the same sizes, without drawing or looking.
 
     Raises:
-        TargetError: an entry matches nothing; every such entry is named, with the closest names.
-        UnsupportedLayerError: a layer that cannot be adapted.
-        ShapeError: a rank above a layer's smaller side.
-        AdapterError: the name is taken.
+        InputError: a target, layer, rank, name or calibration that will not do; every such one is named.
     """
     existing = handle_of(model)
-    handle = existing if existing is not None else Handle(model)
+    handle = existing or Handle(model)
     try:
         handle.add(
             name,
@@ -264,9 +268,11 @@ def attach(
             new_modules=new_modules,
             seed=seed,
             dtype=dtype,
+            calibration=calibration,
+            blank=blank,
         )
+        return handle
     except BaseException:
         if existing is None:
             handle.detach()
         raise
-    return handle

@@ -6,6 +6,9 @@ parameter, rounded to bf16). Rounding makes one checkpoint the same base in fp32
 hash over bytes would call them strangers; another fine-tune of the same architecture differs in the
 sketch. The *digest* hashes every byte and is what proves that training left the base alone.
 
+Rows of a table that an adapter trains whole (``embed_tokens[32000:32010]``) do not count, and neither does whether the
+table has them: a base before its vocabulary grew and after it have one identity without the new rows.
+
 Only the base counts: an adapter's tensors live in a submodule called ``lorakit`` on their host layer,
 so every name with that segment is skipped. A tied tensor counts once, under the first of its names in
 alphabetical order. Buffers that are not saved with a model never count.
@@ -17,6 +20,8 @@ import base64
 import binascii
 import hashlib
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import FormatError, ModelError, quoted
+from lorakit.layers.ops import Runs
+from lorakit.layers.site import runs_of
 
 ADAPTER_SEGMENT = "lorakit"
 """Attribute under which a host layer keeps its adapters; no base tensor has it in its name."""
@@ -41,6 +48,7 @@ _ROUNDED_ONCE = frozenset({"fp32", "bf16"})
 # Half of the spacing of fp16's subnormals, 2**-24: what a tiny weight may have lost on its way through fp16.
 _FP16_UNDERFLOW = 2.0**-25
 _CHUNK_BYTES = 16 * 2**20
+_ROWS = re.compile(r"(?P<path>.+)\[(?P<parts>\d+:\d+(,\d+:\d+)*)\]")
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Identity:
         structure: 32 hexadecimal digits over the sorted ``(name, shape)`` of every base parameter.
         sketch: base64 of bf16 values, ``SAMPLES_PER_TENSOR`` evenly spaced per parameter, sorted by name.
         dtype: the dtype most of the numbers have: 'fp32', 'bf16', 'fp16', or torch's own word.
-        excluded: paths of the modules left out: new heads and modules trained in full.
+        excluded: paths of what is left out: new heads, modules trained in full, and rows of tokens.
         num_tensors: parameters counted.
         num_parameters: numbers in them.
     """
@@ -124,7 +132,7 @@ class Mismatch:
 
 
 def identify(model: nn.Module, exclude: Iterable[str] = ()) -> Identity:
-    """Take the identity of ``model`` without the modules at the paths ``exclude``.
+    """Take the identity of ``model`` without the modules, and the rows of modules, at the paths ``exclude``.
 
     Reads ``SAMPLES_PER_TENSOR`` values per parameter, at fixed places: milliseconds, and the same answer
     every time.
@@ -137,13 +145,14 @@ def identify(model: nn.Module, exclude: Iterable[str] = ()) -> Identity:
     if not tensors:
         raise ModelError("the model has no base parameters to identify.")
     _require_values(tensors)
-    listing = json.dumps([(name, list(tensor.shape)) for name, tensor in tensors.items()])
+    kept = _kept(model, excluded)
+    listing = json.dumps([(one.name, list(one.shape)) for one in kept])
     numbers: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        numbers[tensor.dtype] += tensor.numel()
+    for one in kept:
+        numbers[one.tensor.dtype] += one.num_numbers
     return Identity(
         structure=hashlib.sha256(listing.encode()).hexdigest()[:32],
-        sketch=base64.b64encode(_bytes(_samples(tensors.values()))).decode("ascii"),
+        sketch=base64.b64encode(_bytes(_samples(kept))).decode("ascii"),
         dtype=_dtype_word(max(numbers, key=lambda dtype: (numbers[dtype], str(dtype)))),
         excluded=excluded,
         num_tensors=len(tensors),
@@ -184,7 +193,7 @@ def has_sample_of(saved: Identity, tensor: Tensor) -> bool:
     They are compared as :func:`compare` does. Of a tensor with fewer numbers than are sampled nothing can be told
     (True).
     """
-    expected, own = _decoded(saved.sketch), _samples([tensor]).view(torch.int16)
+    expected, own = _decoded(saved.sketch), _samples([_Kept("", tensor)]).view(torch.int16)
     if len(own) < SAMPLES_PER_TENSOR or len(expected) < len(own):
         return True
     windows = expected.unfold(0, len(own), 1)
@@ -258,18 +267,61 @@ def _require_values(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _num_samples(tensor: Tensor) -> int:
-    return min(SAMPLES_PER_TENSOR, tensor.numel())
+@dataclass(frozen=True)
+class _Kept:
+    """A base parameter without the rows ``runs``, which it may have or not."""
+
+    name: str
+    tensor: Tensor
+    runs: Runs = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if not self.runs:
+            return tuple(self.tensor.shape)
+        rows = self.tensor.shape[0]
+        left_out = sum(min(stop, rows) - min(start, rows) for start, stop in self.runs)
+        return rows - left_out, *self.tensor.shape[1:]
+
+    @property
+    def num_numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_samples(self) -> int:
+        return min(SAMPLES_PER_TENSOR, self.num_numbers)
+
+    def places(self) -> list[int]:
+        """Return where its samples are in the flat tensor."""
+        count, width = self.num_samples, math.prod(self.tensor.shape[1:])
+        found = []
+        for i in range(count):
+            row, column = divmod(i * (self.num_numbers - 1) // max(count - 1, 1), max(width, 1))
+            for start, stop in self.runs:
+                row += stop - start if row >= start else 0
+            found.append(row * width + column)
+        return found
 
 
-def _samples(tensors: Iterable[Tensor]) -> Tensor:
+def _kept(model: nn.Module, excluded: Iterable[str]) -> list[_Kept]:
+    """List the base's parameters by name, each without its rows among ``excluded``."""
+    excluded = tuple(excluded)
+    rows = {part["path"]: runs_of(part["parts"]) for path in excluded if (part := _ROWS.fullmatch(path)) is not None}
+    runs: dict[int, Runs] = {}
+    for raw_name, tensor in model.named_parameters(remove_duplicate=False) if rows else ():
+        segments = [segment for segment in raw_name.split(".") if segment not in _WRAPPER_SEGMENTS]
+        holder = ".".join(segments[:-1])
+        if holder in rows:
+            runs[id(tensor)] = rows[holder]
+    return [_Kept(name, tensor, runs.get(id(tensor), ())) for name, tensor in base_parameters(model, excluded)]
+
+
+def _samples(parameters: Iterable[_Kept]) -> Tensor:
     """Return the sampled values of all tensors as one bf16 vector on the CPU, one transfer per device."""
     pieces: list[Tensor] = []
-    for tensor in tensors:
-        count = _num_samples(tensor)
-        places = [i * (tensor.numel() - 1) // max(count - 1, 1) for i in range(count)]
-        index = torch.tensor(places, dtype=torch.int64, device=tensor.device)
-        pieces.append(torch.take(tensor.detach(), index).to(torch.bfloat16))
+    for one in parameters:
+        index = torch.tensor(one.places(), dtype=torch.int64, device=one.tensor.device)
+        pieces.append(torch.take(one.tensor.detach(), index).to(torch.bfloat16))
     devices = {piece.device for piece in pieces}
     if len(devices) > 1:
         pieces = [piece.cpu() for piece in pieces]
@@ -277,10 +329,10 @@ def _samples(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _owner_of_sample(model: nn.Module, excluded: tuple[str, ...], index: int) -> str:
-    for name, tensor in base_parameters(model, excluded):
-        index -= _num_samples(tensor)
+    for one in _kept(model, excluded):
+        index -= one.num_samples
         if index < 0:
-            return name
+            return one.name
     raise IndexError(index)
 
 

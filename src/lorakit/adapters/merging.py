@@ -3,7 +3,7 @@
 The merged weight is ``round(W0 + sum w_i delta_i)``, computed in fp32 (fp64 for an fp64 base) and
 rounded once to the weight's dtype. The original parameter objects are kept beside and put back by
 unmerging, so that every bit returns and tied weights are tied again; while merged, an adapted weight
-that was tied stands alone.
+that was tied stands alone, unless all its names got the same values.
 """
 
 from __future__ import annotations
@@ -91,12 +91,26 @@ def merge(handle: Attachments, keep: str) -> Merged:
         for (module, key), original in originals.items():
             _set(module, key, original)
         raise
+    _tie_again(handle.model, merged, ties)
     merged.originals = originals if keep == "memory" else None
     return merged
 
 
 def _acting(branches: Branches, weights: Mapping[str, float]) -> dict[str, Branch]:
     return {name: branch for name, branch in branches.named().items() if name in weights}
+
+
+def _tie_again(model: nn.Module, merged: Merged, ties: Mapping[str, list[str]]) -> None:
+    """Let weights that were tied be one parameter again where merging gave each of them the same bits."""
+    for name in list(merged.untied):
+        others = ties[name]
+        if name not in merged.untied or not set(others) <= set(merged.untied):
+            continue
+        if all(torch.equal(model.get_parameter(name), model.get_parameter(other)) for other in others):
+            for other in others:
+                module, last = _holder(model, other)
+                setattr(module, last, model.get_parameter(name))
+            merged.untied = [left for left in merged.untied if left not in (name, *others)]
 
 
 def unmerge(merged: Merged) -> None:

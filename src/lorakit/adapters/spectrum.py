@@ -9,8 +9,8 @@ unless it says otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,37 +18,19 @@ from torch import Tensor
 from lorakit.adapters.handle import Handle
 from lorakit.adapters.state import SiteState
 from lorakit.errors import ShapeError
+from lorakit.inits.svd import Directions as Directions
+from lorakit.inits.svd import top_directions as top_directions
 from lorakit.layers import Site
 from lorakit.methods import Method
 from lorakit.methods.lora import LoRA
+from lorakit.methods.vera import VeRA
 from lorakit.records import BaseOverlap, LayerSimilarity, LayerSpectrum, SimilarityAt
 
 Pair = tuple[Tensor, Tensor]
 """Factors ``A[rank, d_in]``, ``B[d_out, rank]`` with the scale and every gain in them: the update is ``B A``."""
 
-# Of the block Krylov iteration: columns beyond those asked for, and how often W W^T is applied. With these the
-# first directions of matrices whose singular values fall like 1 / sqrt(i), and of trained weights, are right to 1e-4.
-_OVERSAMPLING = 8
-_DEPTH = 6
 # A row's own norm is kept in DoRA's files beside the pair; it is no part of the low-rank update.
 _BESIDE_THE_PAIR = frozenset({"magnitude"})
-
-
-@dataclass(frozen=True)
-class Directions:
-    """A thin singular value decomposition: ``left[d_out, r]``, ``values[r]`` (largest first), ``right[d_in, r]``."""
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-
-    def first(self, count: int) -> Directions:
-        """Return the ``count`` largest."""
-        return Directions(self.left[..., :count], self.values[..., :count], self.right[..., :count])
-
-    def at(self, expert: int | None) -> Directions:
-        """Return those of one matrix of a stack; all where there is no stack."""
-        return self if expert is None else Directions(self.left[expert], self.values[expert], self.right[expert])
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
@@ -71,14 +53,15 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
 
 
 def decompose(A: Tensor, B: Tensor) -> Directions:
-    """Return the singular directions and values of ``B A``, in fp32.
+    """Return the singular directions and values of ``B A``, in fp32, or in fp64 of fp64 factors.
 
     Args:
         A: ``[rank, d_in]``.
         B: ``[d_out, rank]``.
     """
-    Q_B, R_B = torch.linalg.qr(B.float())
-    Q_A, R_A = torch.linalg.qr(A.float().mT)
+    wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    Q_B, R_B = torch.linalg.qr(B.to(wide))
+    Q_A, R_A = torch.linalg.qr(A.to(wide).mT)
     left, values, right = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
     return Directions(Q_B @ left, values, Q_A @ right.mT)
 
@@ -89,36 +72,6 @@ def num_directions(values: Tensor) -> int:
         return 0
     floor = 4 * len(values) * torch.finfo(torch.float32).eps * values[0]
     return int((values > floor).sum())
-
-
-@torch.no_grad()
-def top_directions(W: Tensor, count: int) -> Directions:
-    """Return the ``count`` largest singular values of a weight and their directions.
-
-    By randomised block Krylov iteration (Musco & Musco 2015, arXiv 1504.05477, algorithm 2) with a fixed
-    seed: the best approximation of W from the span of ``(W W^T)^i W X`` for i = 0 .. 6, X a gaussian block of ``count
-    + 8`` columns. Exact where that span would be the whole space. Directions whose singular values are
-    nearly equal mix with each other, which leaves sums over them as they are.
-
-    Args:
-        W: ``[d_out, d_in]``, any float dtype.
-        count: how many; at most the smaller side is returned.
-    """
-    W = W.float()
-    smaller = min(W.shape[-2:])
-    count = min(count, smaller)
-    width = count + _OVERSAMPLING
-    if width * (_DEPTH + 1) >= smaller:
-        left, values, right = torch.linalg.svd(W, full_matrices=False)
-        return Directions(left, values, right.mT).first(count)
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(*W.shape[:-2], W.shape[-1], width, generator=generator).to(W.device)
-    blocks = [torch.linalg.qr(W @ X).Q]
-    for _ in range(_DEPTH):
-        blocks.append(torch.linalg.qr(W @ (W.mT @ blocks[-1])).Q)
-    basis = torch.linalg.qr(torch.cat(blocks, dim=-1)).Q
-    left, values, right = torch.linalg.svd(basis.mT @ W, full_matrices=False)
-    return Directions(basis @ left, values, right.mT).first(count)
 
 
 def shares_inside(update: Directions, base: Directions) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,16 +210,40 @@ def in_words(size: tuple[int, ...]) -> str:
     return " x ".join(str(number) for number in size)
 
 
-def low_rank_pair(method: Method, path: str, site: SiteState) -> Pair | None:
+def low_rank_pair(
+    method: Method,
+    path: str,
+    site: SiteState,
+    dtype: torch.dtype = torch.float32,
+    shared: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Pair | None:
     """Return a saved site's factors with the scale in them, as ``Terms.low_rank`` does of a live one.
 
-    None where the tensors alone do not say what the update is: of methods that are not LoRA with a scale, and
+    None where the tensors alone do not say what the update is: of methods that are not LoRA with a scale or VeRA, and
     of sites without a pair. Those need the model.
+
+    Args:
+        method: the adapter's method.
+        path: the site's path.
+        site: its tensors.
+        dtype: of the factors.
+        shared: the adapter's shared tensors.
     """
+    if isinstance(method, VeRA):
+        d_in = _num_inputs(site, site.tensors["b"])
+        return method.pair(site.tensors, shared, d_in, dtype) if shared and d_in else None
     A, B = site.tensors.get("A"), site.tensors.get("B")
     if A is None or B is None or not isinstance(method, LoRA) or set(site.tensors) - {"A", "B"} - _BESIDE_THE_PAIR:
         return None
-    return A.float(), B.float() * method.scale_at(path, A.shape[-2])
+    return A.to(dtype), B.to(dtype) * method.scale_at(path, A.shape[-2])
+
+
+def _num_inputs(site: SiteState, b: Tensor) -> int:
+    """Return the ``d_in`` of a site whose ``b`` has one number for each row of each matrix; 0 where it is not known."""
+    shape = site.weight_shape
+    if site.runs is None:
+        return math.prod(shape) // b.numel()
+    return shape[0] if site.kind == "transposed" else math.prod(shape[1:]) if b.dim() == 1 else 0
 
 
 @torch.no_grad()

@@ -44,7 +44,10 @@ class AdapterState:
         sites: tensors by layer path, those of one module in the order of its parameters.
         biases: the adapter's own bias copies by layer path, ``[d_out]``, or ``[E, d_out]`` of a stack.
         modules: modules trained in full: tensors by name, by path of the module that holds them.
+        rows: rows of tokens trained whole, by path with the rows in brackets: ``rows[n, width]`` each, ``runs`` saying
+            which; of tied tables under the first path alone.
         parts: tensors of parts that act on the model as a whole, by part name and tensor name.
+        shared: frozen tensors that several sites' updates read, by name; empty where the method's seed draws them.
         targets: names that, matched as exact paths or suffixes, mean the sites.
         full_modules: the names of the modules trained in full, as chosen.
         identity: which base it belongs to; None where a file does not say.
@@ -56,6 +59,8 @@ class AdapterState:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    rows: Mapping[str, SiteState] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     full_modules: tuple[str, ...] = ()
     identity: Identity | None = None

@@ -243,6 +243,12 @@ def _parts(model: nn.Module, everything: Places, entry: str, parts: str) -> dict
         raise UnsupportedLayerError(
             f"target '{entry}[{parts}]': rows of a convolution are not updated apart. Name {quoted(maps)} whole."
         )
+    tables = [site.path for site in wholes if site.ops.input_is_index]
+    if tables:
+        raise UnsupportedLayerError(
+            f"target '{entry}[{parts}]': tokens of an embedding have no low-rank update; they are trained whole, by "
+            f"train_modules='{tables[0]}[{parts}]'. Name {quoted(tables)} without the tokens to adapt it all."
+        )
     apart = {f"{name}_proj_weight" for name in names}  # of an attention with projections of their own
     found = [site for site in wholes if site.path.rsplit(".", 1)[-1] in apart]
     split = {site.host for site in wholes if site.ops.parts(site.layer)}

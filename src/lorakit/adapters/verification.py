@@ -86,7 +86,8 @@ def branch_parameters(handle: Attachments, name: str) -> Iterator[tuple[str, lis
     entry = handle.adapters[name]
     for path, _, branch in entry.branches(handle.model, name):
         own = branch.own_parameters() if isinstance(branch, ModuleCopy) else dict(branch.named_parameters())
-        yield path, list(own.values())
+        if own:  # a layer that got rank 0 has none
+            yield path, list(own.values())
     for key, part in entry.parts.items():
         yield key, list(part.parameters())
 

@@ -49,7 +49,7 @@ RECIPE = Recipe(
     num_batches=100,
     num_own=10,
     num_replayed=10,
-    rank=METHOD.rank,
+    rank=METHOD.rank_at(LAYERS[0]),
     alpha=METHOD.alpha,
     scale=METHOD.scale_at(LAYERS[0]),
 )

@@ -13,7 +13,6 @@ from lorakit.adapters.spectrum import low_rank_pair, singular_values
 from lorakit.adapters.state import AdapterState, SiteState
 from lorakit.formats.peft import TENSORS
 from lorakit.formats.store import read_adapter
-from lorakit.methods import Method
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class FullModule:
-    """A module trained in full: its path and its numbers."""
+    """A module trained in full, or rows of tokens: its path and its numbers."""
 
     path: str
     num_parameters: int
@@ -58,7 +57,8 @@ class AdapterOutline:
         dtype: what most numbers are stored in.
         num_bytes: size of the file of tensors.
         num_parameters: numbers in the adapter.
-        layers: the adapted layers; ``modules`` those trained in full; ``num_biases`` trained biases.
+        layers: the adapted layers; ``modules`` those trained in full; ``rows`` the tokens whose rows are;
+            ``num_biases`` trained biases.
     """
 
     folder: str
@@ -71,6 +71,7 @@ class AdapterOutline:
     layers: tuple[AdaptedLayer, ...]
     modules: tuple[FullModule, ...]
     num_biases: int
+    rows: tuple[FullModule, ...] = ()
 
 
 def describe_adapter(folder: str | Path) -> AdapterOutline:
@@ -89,19 +90,20 @@ def describe_adapter(folder: str | Path) -> AdapterOutline:
         dtype=_dtype(state),
         num_bytes=(folder / TENSORS).stat().st_size,
         num_parameters=sum(tensor.numel() for tensor in _tensors(state)),
-        layers=tuple(_layer(state.method, path, site) for path, site in state.sites.items()),
+        layers=tuple(_layer(state, path, site) for path, site in state.sites.items()),
         modules=tuple(FullModule(p, sum(t.numel() for t in group.values())) for p, group in state.modules.items()),
         num_biases=len(state.biases),
+        rows=tuple(FullModule(p, sum(t.numel() for t in site.tensors.values())) for p, site in state.rows.items()),
     )
 
 
-def _layer(method: Method, path: str, site: SiteState) -> AdaptedLayer:
-    A, B = site.tensors.get("A"), site.tensors.get("B")
+def _layer(state: AdapterState, path: str, site: SiteState) -> AdaptedLayer:
     numbers = sum(tensor.numel() for tensor in site.tensors.values())
+    pair = low_rank_pair(state.method, path, site, shared=state.shared)
+    A, B = (site.tensors.get("A"), site.tensors.get("B")) if pair is None else pair
     if A is None or B is None:
         d_out, d_in = site.weight_shape[0], math.prod(site.weight_shape[1:])
         return AdaptedLayer(path, site.kind, d_out, d_in, 0, numbers, ())
-    pair = low_rank_pair(method, path, site)
     values = () if pair is None else tuple(_of_one(singular_values(*pair)).tolist())
     return AdaptedLayer(path, site.kind, B.shape[-2], A.shape[-1], A.shape[-2], numbers, values)
 
@@ -111,7 +113,8 @@ def _of_one(values: torch.Tensor) -> torch.Tensor:
 
 
 def _tensors(state: AdapterState) -> list[torch.Tensor]:
-    groups = [*(site.tensors for site in state.sites.values()), *state.modules.values(), *state.parts.values()]
+    sites = [*state.sites.values(), *state.rows.values()]
+    groups = [*(site.tensors for site in sites), *state.modules.values(), *state.parts.values()]
     return [tensor for group in [*groups, state.biases] for tensor in group.values()]
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,6 @@ from lorakit.errors import FormatError, InputError, quoted
 from lorakit.formats.format import Files, Format
 from lorakit.formats.peft_config import (
     OWN_TYPE,
-    at_sites,
     config_text,
     edited_fields,
     names_in,
@@ -35,10 +34,14 @@ from lorakit.formats.peft_config import (
 )
 from lorakit.formats.peft_keys import Sorted, base_key, raise_problems, sort_keys
 from lorakit.formats.peft_notes import Notes
+from lorakit.formats.peft_rows import FIELD, read_rows, write_rows
 from lorakit.formats.peft_sites import ReadSites, read_sites, taken, write_sites
+from lorakit.formats.peft_vera import is_vera, read_vera, vera_method, write_vera
 from lorakit.formats.tensors import TensorFile, read_tensors
 from lorakit.methods import Method, find_method
 from lorakit.methods.lora import LoRA
+from lorakit.methods.patterns import at_sites
+from lorakit.methods.vera import VeRA
 from lorakit.version import __version__
 
 CONFIG = "adapter_config.json"
@@ -89,9 +92,14 @@ class PeftFormat(Format):
 
     def encode(self, state: AdapterState) -> dict[str, str | TensorFile]:
         """Return config and tensors, see :class:`Format`."""
-        method = to_lora(state.method)
-        written, tensors, notes = write_sites(state, method)
+        method: LoRA | VeRA = state.method if isinstance(state.method, VeRA) else to_lora(state.method)
+        written, tensors, notes = write_vera(state, method) if isinstance(method, VeRA) else write_sites(state, method)
+        rows = write_rows(state)
+        written.refused |= rows.refused or (isinstance(method, VeRA) and bool(rows.indices))  # a field of LoRA's alone
         config = write_config(state, method, written, self.task_type, self.revision)
+        if rows.indices:
+            config[FIELD] = rows.indices
+        tensors.update(rows.tensors)
         for path, module in state.modules.items():
             tensors.update({base_key(f"{path}.{name}", written.wraps): tensor for name, tensor in module.items()})
         if not tensors:
@@ -104,6 +112,7 @@ class PeftFormat(Format):
             notes,
             transposed=None if config["fan_in_fan_out"] else frozenset(written.transposed),
             targets=() if read_targets(config, state.sites) == targets else targets,
+            rows=rows.notes,
         )
         metadata = {
             "format": "pt",
@@ -119,22 +128,20 @@ class PeftFormat(Format):
         """Return what config and tensors say, see :class:`Format`."""
         content = _read(files)
         config, found, read, notes = content.config, content.found, content.sites, content.notes
+        rows, unfit = read_rows(found, config, notes.rows)
         biases, modules, problems = _plain(content)
-        raise_problems(TENSORS, [*read.problems, *found.problems, *problems], _advice(found))
-        if not (read.sites or biases or modules):
+        raise_problems(TENSORS, [*read.problems, *found.problems, *unfit, *problems], _advice(found))
+        if not (read.sites or biases or modules or rows):
             raise FormatError(f"{TENSORS}: no tensor of an adapter is in it.")
-        wrong = [
-            f"'{path}' has rank {key.rank}, the config says {content.method.rank_at(path)}"
-            for path, key in read.keys.items()
-            if key.rank != content.method.rank_at(path)
-        ]
-        raise_problems(TENSORS, wrong, " Config and tensors belong to different adapters.")
+        raise_problems(TENSORS, _wrong_ranks(content), " Config and tensors belong to different adapters.")
         base_name = config.get("base_model_name_or_path")
         return AdapterState(
             method=_exact_method(content),
             sites=read.sites,
             biases=biases,
             modules=modules,
+            rows=rows,
+            shared=content.shared,
             targets=notes.targets or read_targets(config, read.sites),
             full_modules=_full_modules(modules, names_in(config, "modules_to_save") or []),
             identity=Identity.from_metadata(content.metadata),
@@ -155,10 +162,11 @@ class _Content:
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
     notes: Notes
-    method: LoRA
+    method: LoRA | VeRA
     found: Sorted
     sites: ReadSites
     biases: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def _parts(files: Files) -> tuple[dict[str, Any], Notes, TensorFile]:
@@ -175,7 +183,12 @@ def _read(files: Files) -> _Content:
             f"{TENSORS} has lost its metadata, without which the tensors of an adapter of type {OWN_TYPE} cannot be "
             "told: take the file as it was saved."
         )
-    method, found = read_method(config), sort_keys(tensors.tensors)
+    found = sort_keys(tensors.tensors)
+    if is_vera(config):
+        own, shared = read_vera(found, config, notes)
+        stated = vera_method(config, tensors.metadata)
+        return _Content(config, tensors.metadata, notes, stated, found, ReadSites([], own), {}, shared)
+    method = read_method(config)
     trained = {name for name in found.base if _is_trained_bias(name, found, config, notes)}
     sites = read_sites(found, config, method, notes)
     biases = {p: bias for name, p in notes.biases.items() if (bias := taken(found, name)) is not None}
@@ -236,8 +249,21 @@ def _full_modules(modules: Mapping[str, Any], names: list[str]) -> tuple[str, ..
     return tuple(sorted({_root(path, names) or path for path in modules}))
 
 
+def _wrong_ranks(content: _Content) -> list[str]:
+    if isinstance(content.method, VeRA):
+        return []
+    wanted = {path: content.method.rank_at(path) for path in content.sites.keys}
+    return [
+        f"'{path}' has rank {key.rank}, the config says {wanted[path]}"
+        for path, key in content.sites.keys.items()
+        if key.rank != wanted[path]
+    ]
+
+
 def _exact_method(content: _Content) -> Method:
     """Return the method as it was saved, where the file says so and the config still agrees with it."""
+    if isinstance(content.method, VeRA):
+        return content.method
     read, saved = content.sites, content.metadata.get("lorakit.method")
     ranks = {path: int(site.tensors["A"].shape[-2]) for path, site in read.sites.items()}
     keys = {path: read.keys[read.places[path]] for path in ranks}

@@ -13,19 +13,19 @@ that PEFT does not have: every version of it refuses the folder.
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit.adapters import AdapterState
 from lorakit.errors import FormatError, InputError, bullet_list
 from lorakit.formats.peft_layers import Written
-from lorakit.formats.peft_parts import SCALE_TOLERANCE, Key
+from lorakit.formats.peft_parts import Key
 from lorakit.layers.site import PART
 from lorakit.methods import Method
-from lorakit.methods.lora import LoRA, matching_value
+from lorakit.methods.lora import LoRA
 from lorakit.methods.method import method_types
+from lorakit.methods.patterns import ranks_and_alphas, whole
+from lorakit.methods.vera import VeRA
 
 OWN_TYPE = "LORAKIT"
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -56,11 +56,15 @@ _HARMLESS = frozenset(
             "layers_to_transform",
             "layers_pattern",
             "modules_to_save",
+            "trainable_token_indices",
         ),
         *("fan_in_fan_out", "inference_mode", "init_lora_weights", "merge_weights", "enable_lora"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
     }
 )
+
+# VeRA's own, read by it alone.
+_VERA = frozenset({"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"})
 
 _ACTIVE = {
     "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens",
@@ -71,7 +75,6 @@ _ACTIVE = {
     "lora_bias": "the update has a bias of its own",
     "megatron_config": "the layers are Megatron's",
     "monteclora_config": "MonteCLoRA has tensors of its own",
-    "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "the factors are block-diagonal",
     "use_qalora": "the input is pooled by groups of channels",
     "velora_config": "VeLoRA has tensors of its own",
@@ -81,14 +84,18 @@ _SHIFTED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def write_config(
-    state: AdapterState, method: LoRA, written: Written, task_type: str | None = None, revision: str | None = None
+    state: AdapterState,
+    method: LoRA | VeRA,
+    written: Written,
+    task_type: str | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Return the fields of ``adapter_config.json``.
 
     Raises:
         FormatError: PEFT has no way to say it; every reason is named.
     """
-    fields = lora_config(method, written.keys)
+    fields = method.to_peft() if isinstance(method, VeRA) else lora_config(method, written.keys)
     problems = _unspeakable(state, fields["bias"], task_type)
     if problems:
         raise FormatError(f"PEFT's format cannot hold this adapter: {bullet_list(problems)}")
@@ -147,65 +154,9 @@ def lora_config(method: LoRA, keys: Mapping[str, Key]) -> dict[str, Any]:
     """Return the method's fields, with patterns by which PEFT finds every rank and scale."""
     wanted = {path: (key.rank, key.scale(method)) for path, key in keys.items()}
     fields = {**method.to_peft(), "rank_pattern": method.rank_pattern, "alpha_pattern": method.alpha_pattern}
-    fields.update(_ranks_and_alphas(method, wanted))
-    fields["lora_alpha"] = _whole(fields["lora_alpha"])
+    fields.update(ranks_and_alphas(method, wanted))
+    fields["lora_alpha"] = whole(fields["lora_alpha"])
     return {name: value for name, value in fields.items() if value or not name.endswith("_pattern")}
-
-
-def at_sites(method: LoRA, wanted: Mapping[str, tuple[int, float]]) -> LoRA:
-    """Return the method, with other patterns where it does not say these ranks and scales at these sites."""
-    if all(
-        method.rank_at(path) == rank and math.isclose(method.scale_at(path, rank), scale, rel_tol=SCALE_TOLERANCE)
-        for path, (rank, scale) in wanted.items()
-    ):
-        return method
-    fields = _ranks_and_alphas(method, wanted)
-    patterns = {name: fields[name] for name in ("rank_pattern", "alpha_pattern")}
-    changed: LoRA = method.replaced(rank=fields["r"], alpha=fields["lora_alpha"], **patterns)
-    return changed
-
-
-def _ranks_and_alphas(method: LoRA, wanted: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Return ``r``, ``lora_alpha`` and patterns that PEFT reads as these ranks and scales."""
-    root = math.sqrt if method.scaling == "rslora" else float
-    ranks = {path: rank for path, (rank, _) in wanted.items()}
-    alphas = {path: _whole(scale * root(rank)) for path, (rank, scale) in wanted.items()}
-
-    def same_scale(path: str, alpha: float) -> bool:
-        rank, scale = wanted[path]
-        return math.isclose(alpha / root(rank), scale, rel_tol=SCALE_TOLERANCE)
-
-    rank, rank_pattern = _pattern(method.rank_pattern, method.rank, ranks, lambda path, rank: rank == ranks[path])
-    alpha, alpha_pattern = _pattern(method.alpha_pattern, method.alpha, alphas, same_scale)
-    return {"r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-
-
-def _pattern(
-    given: Mapping[str, Any], default: Any, wanted: Mapping[str, Any], fits: Any
-) -> tuple[Any, dict[str, Any]]:
-    """Return a default and a pattern that PEFT reads as ``wanted``: the given ones if it does.
-
-    Else a default for all where they are one value, or a pattern by exact paths. The order of keys counts
-    for PEFT, and sorting the file's keys changes it.
-    """
-    values = list(wanted.values())
-    differing = {path: value for path, value in wanted.items() if not fits(path, default)}
-    by_path = {re.escape(path): value for path, value in differing.items()}
-    anchored = {f"^{key}": value for key, value in by_path.items()}
-    uniform = bool(values) and all(fits(path, values[0]) for path in wanted)
-    candidates: list[tuple[Any, Mapping[str, Any]]] = [(default, given)]
-    candidates += [(values[0], {})] if uniform else [(default, by_path)]
-    for start, pattern in candidates:
-        ordered = dict(sorted(pattern.items()))
-        if all(fits(path, matching_value(ordered, path, start)) for path in wanted):
-            return start, ordered
-    return default, dict(sorted(anchored.items()))
-
-
-def _whole(value: float) -> int | float:
-    """Write 16.0, also where rounding left a trace, as 16: older PEFT versions expect an integer."""
-    nearest = round(value)
-    return nearest if math.isclose(value, nearest, rel_tol=1e-12) else value
 
 
 def matches(name: str, path: str) -> bool:
@@ -245,14 +196,15 @@ def parse_config(text: str) -> dict[str, Any]:
         raise FormatError(f"adapter_config.json is not JSON ({error}).") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise FormatError("adapter_config.json has no 'peft_type': it is not a config of PEFT's.")
+    kind = config["peft_type"].upper()
     unknown = "a field that is not known here and may change what the adapter computes"
     problems = [
         f"'{key}' is {json.dumps(value)[:60]}: {_ACTIVE.get(key, unknown)}"
         for key, value in sorted(config.items())
-        if key not in _HARMLESS and value not in (None, False, "", [], {})
+        if key not in (_HARMLESS if kind == "LORA" else _HARMLESS | _VERA) and value not in (None, False, "", [], {})
     ]
-    if config["peft_type"].upper() not in ("LORA", OWN_TYPE):
-        problems = [f"'peft_type' is '{config['peft_type']}'; LORA (with DoRA and rsLoRA) is supported"]
+    if kind not in ("LORA", "VERA", OWN_TYPE):
+        problems = [f"'peft_type' is '{config['peft_type']}'; LORA (with DoRA and rsLoRA) and VERA are supported"]
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_SHIFTED_BASE):
         problems.append(

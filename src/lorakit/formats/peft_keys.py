@@ -15,6 +15,7 @@ parameters p1, p2 of M   M.base_layer.lora_A.weight, ...     of p1, which was wr
 bias of a target         M.base_layer.bias                   [d_out]
 bias of another layer    M.bias
 module trained in full   M.weight, ...
+rows of tokens           M.token_adapter.trainable_tokens_delta   [n, width]
 
 PEFT puts a wrapper in the place of every module that it adapts, and the module below it as ``base_layer``; around a
 module with several adapted parameters there is one wrapper for each. So whatever lies below an adapted module has
@@ -127,7 +128,8 @@ def sort_keys(tensors: Mapping[str, Tensor]) -> Sorted:
         elif original := _ORIGINAL.fullmatch(name):
             found.base[f"{original['path']}.{original['name']}"] = tensor
         elif base := _BASE.fullmatch(name):
-            found.base[f"{unwrapped(base['path'])}.{base['name']}"] = tensor
+            module = unwrapped(base["path"]).removesuffix(".token_adapter")
+            found.base[f"{module}.{base['name']}"] = tensor
         elif unwrapped(name) in found.plain:
             found.problems.append(f"'{key}' is there twice, with and without the prefix '{PREFIX}'")
         else:

@@ -4,6 +4,7 @@ lorakit.layers      by site: kind, native shape, rank, rows of a part, options; 
 lorakit.transposed  layers that store ``[d_in, d_out]``, where the config cannot say it of all
 lorakit.biases      paths of trained biases by the base's name of the parameter, where they are not ``path.bias``
 lorakit.targets     the targets' names, where the config has to name other things
+lorakit.rows        by path: kind, native shape and rows of tokens that are trained whole
 """
 
 from __future__ import annotations
@@ -66,12 +67,14 @@ class Notes:
         layers: by site, those of one module in the order of its parameters.
         transposed: see the module; None where the file does not say.
         biases, targets: see the module.
+        rows: of rows of tokens trained whole, by path.
     """
 
     layers: Mapping[str, Note] = field(default_factory=dict)
     transposed: frozenset[str] | None = None
     biases: Mapping[str, str] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    rows: Mapping[str, Note] = field(default_factory=dict)
 
     @functools.cached_property
     def by_weight(self) -> Mapping[str, Mapping[str, Note]]:
@@ -89,6 +92,7 @@ class Notes:
             "lorakit.transposed": sorted(self.transposed or ()),
             "lorakit.biases": dict(sorted(self.biases.items())),
             "lorakit.targets": self.targets,
+            "lorakit.rows": {path: note.to_json() for path, note in self.rows.items()},
         }
         return {key: json.dumps(value) for key, value in values.items() if value}
 
@@ -107,6 +111,7 @@ class Notes:
                 transposed=None if transposed is None else frozenset(transposed),
                 biases={str(name): str(path) for name, path in values.get("lorakit.biases", {}).items()},
                 targets=tuple(str(name) for name in values.get("lorakit.targets", ())),
+                rows={path: Note.from_json(fields) for path, fields in values.get("lorakit.rows", {}).items()},
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the metadata of the tensors is damaged ({error!r}). Save the adapter again.") from error
@@ -117,4 +122,4 @@ def weight_path(site: str, runs: Runs | None) -> str:
     return site if runs is None else site.rpartition("[")[0]
 
 
-_KEYS = frozenset({"lorakit.layers", "lorakit.transposed", "lorakit.biases", "lorakit.targets"})
+_KEYS = frozenset({"lorakit.layers", "lorakit.transposed", "lorakit.biases", "lorakit.targets", "lorakit.rows"})

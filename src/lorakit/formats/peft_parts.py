@@ -23,8 +23,7 @@ from lorakit.adapters import SiteState
 from lorakit.formats.peft_notes import Note
 from lorakit.layers.ops import Runs, num_rows
 from lorakit.methods.lora import LoRA
-
-SCALE_TOLERANCE = 1e-12  # of two scales that are the same number, computed in another order
+from lorakit.methods.patterns import SCALE_TOLERANCE
 
 
 @dataclass(frozen=True)

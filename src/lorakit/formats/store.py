@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import AdapterState, Handle, handle_of
+from lorakit.adapters import AdapterState, Handle, SiteState, handle_of
 from lorakit.adapters.capture import places
 from lorakit.adapters.identity import compare, identify
+from lorakit.bases.vocabulary import grow, num_tokens, table_paths
 from lorakit.errors import (
     BaseMismatchError,
     FormatError,
+    ModelError,
     RunFolderError,
     ShapeError,
     TargetError,
@@ -98,9 +100,11 @@ def rounded(state: AdapterState, dtype: torch.dtype) -> AdapterState:
     return dataclasses.replace(
         state,
         sites={p: dataclasses.replace(s, tensors=cast(s.tensors)) for p, s in state.sites.items()},
+        rows={p: dataclasses.replace(s, tensors=cast(s.tensors)) for p, s in state.rows.items()},
         biases=cast(state.biases),
         modules={path: cast(tensors) for path, tensors in state.modules.items()},
         parts={name: cast(tensors) for name, tensors in state.parts.items()},
+        shared=cast(state.shared),
     )
 
 
@@ -128,7 +132,8 @@ def load_adapter(
 ) -> Handle:
     """Load a saved adapter onto ``model`` (changed in place), make it act, and return the handle.
 
-    A file that does not say which base it belongs to is 'unverified'; the logger ``lorakit`` says so.
+    A file that does not say which base it belongs to is 'unverified'; the logger ``lorakit`` says so. A transformers
+    model that has fewer tokens than the adapter trained rows of gets more first, which the logger says too.
 
     Args:
         model: the base, with or without other adapters.
@@ -147,8 +152,9 @@ def load_adapter(
     state, base_weights = _read(folder, device)
     if check_base:
         _check_base(model, state, folder)
+    _make_room(model, state)
     _check_kernels(model, state, folder)
-    _check_base_weights(model, base_weights, folder)
+    _check_base_weights(model, base_weights, state.rows, folder)
     existing = handle_of(model)
     handle = existing if existing is not None else Handle(model)
     try:
@@ -187,6 +193,33 @@ def _check_base(model: nn.Module, state: AdapterState, folder: Path) -> None:
     )
 
 
+def _make_room(model: nn.Module, state: AdapterState) -> None:
+    """Give a base as many tokens as the adapter's own rows, or its own copy of the embedding, need.
+
+    Raises:
+        ShapeError: other adapters are on it already.
+    """
+    from transformers import PreTrainedModel
+
+    last = max((stop for site in state.rows.values() for _, stop in site.runs or ()), default=0)
+    if not isinstance(model, PreTrainedModel) or not (state.rows or state.modules):
+        return
+    try:
+        here, table = num_tokens(model), table_paths(model)[0]
+    except ModelError:  # it has no embedding of tokens: nothing of the adapter is one
+        return
+    copied = state.modules.get(table, {}).get("weight")
+    wanted = max(last, 0 if copied is None else copied.shape[0])
+    if wanted > here and handle_of(model) is not None:
+        raise ShapeError(
+            f"the adapter needs {wanted:,} tokens and the model has {here:,}, which cannot become more while other "
+            "adapters are on it. Load this one before the others."
+        )
+    if wanted > here:
+        grow(model, range(here, wanted))
+        _LOG.info("the model had %s tokens, the adapter needs %s: rows added.", f"{here:,}", f"{wanted:,}")
+
+
 def _misfits(model: nn.Module, state: AdapterState) -> str:
     """Say which of the adapter's own layers do not fit the model, such as an embedding of fewer tokens."""
     try:
@@ -208,16 +241,25 @@ def _check_kernels(model: nn.Module, state: AdapterState, folder: Path) -> None:
         raise ShapeError(f"adapter '{folder}' does not fit this {type(model).__name__}: {bullet_list(problems)}.")
 
 
-def _check_base_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Accept copies of the base's own weights beside an adapter only where they are this model's."""
+def _check_base_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], rows: Mapping[str, SiteState], folder: Path
+) -> None:
+    """Accept copies of the base's own weights beside an adapter only where they are this model's, but for its rows."""
     own = dict(model.named_parameters(remove_duplicate=False))
+    trained: dict[int, list[int]] = {}
+    for path, site in rows.items():
+        table = own.get(f"{path.partition('[')[0]}.weight")
+        trained.setdefault(id(table), []).extend(i for run in site.runs or () for i in range(*run))
     problems = []
     for name, saved in weights.items():
         here = own.get(name)
         if here is None or here.shape != saved.shape:
             found = "missing" if here is None else f"{tuple(here.shape)}"
             problems.append(f"'{name}' is {tuple(saved.shape)} there, {found} here")
-        elif not bool((here.detach().cpu().to(saved.dtype) == saved.cpu()).all()):
+            continue
+        same = here.detach().cpu().to(saved.dtype) == saved.cpu()
+        same[trained.get(id(here), [])] = True
+        if not bool(same.all()):
             problems.append(f"'{name}' has other values")
     if problems:
         raise FormatError(

@@ -5,7 +5,7 @@ For an embedding the roles are exchanged as in the Kaiming start.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ class Gaussian(Init):
     name: ClassVar[str] = "gaussian"
     peft: ClassVar[bool | str | None] = "gaussian"
 
-    def draw(self, site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, site: Site, rank: int, scale: float, generator: torch.Generator, seen: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the starting pair, see :class:`Init`."""
         if site.ops.input_is_index:
             return reversed_start(site, rank, generator)

@@ -7,12 +7,14 @@ import importlib
 import inspect
 import pkgutil
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.errors import ConfigError, did_you_mean
+from lorakit.inits.calibration import Calibration
 from lorakit.layers import Site
 from lorakit.settings import Settings
 
@@ -22,15 +24,64 @@ class Init(Settings):
 
     Attributes:
         name: how configs and the command line call it.
-        peft: PEFT's spelling in ``init_lora_weights``; None where PEFT has no name for it.
+        peft: PEFT's spelling in ``init_lora_weights``; None where PEFT has no name for it, or another meaning.
+        shifts: whether the pair starts with ``B A != 0`` and the model's function is kept all the same: the update
+            is ``scale (B A - B0 A0)`` with the frozen start ``A0``, ``B0``.
+        changes_start: whether the pair starts with ``B A != 0`` and the model's function changes with it.
     """
 
     name: ClassVar[str]
     peft: ClassVar[bool | str | None] = None
+    shifts: ClassVar[bool] = False
+    changes_start: ClassVar[bool] = False
+
+    def refusal(self, site: Site) -> str | None:
+        """Return why a site cannot start so, or None where it can."""
+        return None
+
+    def looks(self) -> str | None:
+        """Return what the init must see of the model on examples, as words; None where it needs none."""
+        return None
+
+    def look(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        ranks: Mapping[str, int],
+        scales: Mapping[str, float],
+        calibration: Calibration,
+        generator: torch.Generator,
+    ) -> Mapping[str, Any]:
+        """Run the model on examples and return what :meth:`draw` needs of each site, by path.
+
+        The model's parameters, flags, mode and hooks are as before afterwards.
+
+        Args:
+            model: the bare base.
+            sites: where pairs will act.
+            ranks: their ranks by path.
+            scales: the factors on ``B A`` by path.
+            calibration: the examples.
+            generator: a CPU generator; all randomness comes from it.
+
+        Raises:
+            DataError: the examples do not suffice.
+        """
+        return {}
 
     @abstractmethod
-    def draw(self, site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return ``(A[rank, d_in], B[d_out, rank])`` in fp32, with ``site.stack`` in front."""
+    def draw(
+        self, site: Site, rank: int, scale: float, generator: torch.Generator, seen: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(A[rank, d_in], B[d_out, rank])`` in fp32, with ``site.stack`` in front.
+
+        Args:
+            site: where the pair acts.
+            rank: its rank.
+            scale: the factor on ``B A``.
+            generator: a CPU generator; all randomness comes from it.
+            seen: what :meth:`look` returned for this site.
+        """
 
 
 @functools.cache

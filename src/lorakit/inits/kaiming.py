@@ -9,7 +9,7 @@ look-up reads one column of A, so its size must not shrink with the vocabulary.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ class Kaiming(Init):
     name: ClassVar[str] = "kaiming"
     peft: ClassVar[bool | str | None] = True
 
-    def draw(self, site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, site: Site, rank: int, scale: float, generator: torch.Generator, seen: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the starting pair, see :class:`Init`."""
         if site.ops.input_is_index:
             return reversed_start(site, rank, generator)

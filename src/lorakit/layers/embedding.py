@@ -57,6 +57,14 @@ class EmbeddingOps(BranchOps):
         return F.linear(h, B)
 
     @override
+    def product(self, layer: nn.Module, x: Tensor, D: Tensor, like: Tensor) -> Tensor:
+        return self.scaled(layer, self.down(layer, x, D, like))
+
+    def scaled(self, layer: nn.Module, found: Tensor) -> Tensor:
+        """Multiply what was looked up by the layer's own constant, where it has one."""
+        return found
+
+    @override
     def channelwise(self, layer: nn.Module, values: Tensor) -> Tensor:
         return values
 

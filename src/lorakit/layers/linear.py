@@ -24,6 +24,10 @@ class LinearOps(BranchOps):
         return F.linear(x, A)
 
     @override
+    def product(self, layer: nn.Module, x: Tensor, D: Tensor, like: Tensor) -> Tensor:
+        return F.linear(x, D)
+
+    @override
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)
 

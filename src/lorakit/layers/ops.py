@@ -148,6 +148,14 @@ class BranchOps(LayerOps):
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         """Map rank space to the layer's output: ``B h``."""
 
+    def product(self, layer: nn.Module, x: Tensor, D: Tensor, like: Tensor) -> Tensor:
+        """Multiply the layer's input by a dense matrix: ``D x`` with ``D[d_out, d_in]``, shaped as the output.
+
+        Raises:
+            UnsupportedLayerError: this kind of layer has no such product here.
+        """
+        raise UnsupportedLayerError(f"a {host_class(layer).__name__} takes no dense update.")
+
     def accumulate(self, layer: nn.Module, out: Tensor, h: Tensor, B: Tensor, factor: float) -> Tensor:
         """Return ``out + factor * B h`` in ``out``'s dtype, as a new tensor."""
         return out + self.up(layer, h * factor, B).to(out.dtype)

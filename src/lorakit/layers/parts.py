@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lorakit.layers.embedding import EmbeddingOps
 from lorakit.layers.ops import BranchOps, LayerOps, Runs, WeightOps, num_rows
+from lorakit.layers.token_part import TokenPart
 
 
 class _Rows:
@@ -68,7 +70,9 @@ class _Rows:
 
 
 def part_of(ops: LayerOps, runs: Runs) -> LayerOps:
-    """Return the ops of some rows of the matrix that ``ops`` describes."""
+    """Return the ops of some rows of the matrix that ``ops`` describes, or of some tokens of an embedding."""
+    if isinstance(ops, EmbeddingOps):
+        return TokenPart(ops, runs)
     return WeightPart(ops, runs) if isinstance(ops, WeightOps) else BranchPart(ops, runs)
 
 
@@ -128,6 +132,10 @@ class BranchPart(_Part, BranchOps):
     @override
     def dropped_down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor, p: float) -> Tensor:
         return self.inner.dropped_down(layer, x, A, like, p)
+
+    @override
+    def product(self, layer: nn.Module, x: Tensor, D: Tensor, like: Tensor) -> Tensor:
+        return self.inner.product(layer, x, D, like)
 
     @override
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:

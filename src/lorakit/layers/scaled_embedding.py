@@ -27,5 +27,9 @@ class ScaledEmbeddingOps(EmbeddingOps):
 
     @override
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        return self.scaled(layer, super().up(layer, h, B))
+
+    @override
+    def scaled(self, layer: nn.Module, found: Tensor) -> Tensor:
         scale = cast(Any, layer).embed_scale
-        return super().up(layer, h, B) * (scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
+        return found * (scale.to(found.dtype) if isinstance(scale, Tensor) else scale)

@@ -3,11 +3,13 @@
 model.layers.0.q_proj            the weight of a layer that has one
 lstm.weight_ih_l0                one of several weights of a layer
 h.0.attn.c_attn[q]               a part of a fused projection; also by rows: c_attn[0:768]
+embed_tokens[32000:32010]        some tokens of an embedding
 mlp.experts.gate_up_proj         a stack of matrices, one update each
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,27 +113,40 @@ def sites_of(path: str, layer: nn.Module) -> dict[str, Site]:
 
 
 def part_site(model: nn.Module, whole: Site, part: str) -> Site:
-    """Return the site of one part (a name, or rows ``start:stop``) of a whole one.
+    """Return the site of one part of a whole one: a name, or rows ``start:stop,...``, of an embedding its tokens.
 
     Raises:
         UnsupportedLayerError: how the projection is split is not known.
         TargetError: there is no such part.
         ShapeError: rows that the matrix does not have.
     """
-    rows = re.fullmatch(r"(\d+):(\d+)", part)
-    if rows is not None:
-        start, stop = int(rows[1]), int(rows[2])
-        if not start < stop <= whole.d_out:
-            raise ShapeError(f"'{whole.path}[{part}]': there are rows 0 to {whole.d_out}.")
-        runs: Runs = ((start, stop),)
+    size, word = (whole.d_in, "tokens") if whole.ops.input_is_index else (whole.d_out, "rows")
+    if part[0].isdigit():
+        runs = runs_of(part)
+        if any(not start < stop <= size for start, stop in runs):
+            raise ShapeError(f"'{whole.path}[{part}]': there are {word} 0 to {size}.")
+        if any(start < stop for (_, stop), (start, _) in itertools.pairwise(runs)):
+            raise ShapeError(f"'{whole.path}[{part}]': give {word} in rising order, each once.")
+        part = spelled(runs)
     else:
         known = parts_at(model, whole)
         if part not in known:
             raise TargetError(f"'{whole.path}' has no part '{part}'. It has {quoted(list(known))}.")
         runs = known[part]
-    if num_rows(runs) == whole.d_out:
+    if num_rows(runs) == size:
         return whole
     return Site(f"{whole.path}[{part}]", whole.layer, part_of(whole.ops, runs), whole.host, runs)
+
+
+def runs_of(part: str) -> Runs:
+    """Read rows as they stand in brackets: ``3:5,9:12``."""
+    pairs = (run.partition(":") for run in part.split(","))
+    return tuple((int(start), int(stop)) for start, _, stop in pairs)
+
+
+def spelled(runs: Runs) -> str:
+    """Write rows as they stand in brackets."""
+    return ",".join(f"{start}:{stop}" for start, stop in runs)
 
 
 def parts_at(model: nn.Module, whole: Site) -> Mapping[str, Runs]:

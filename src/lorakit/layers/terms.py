@@ -1,7 +1,7 @@
 """``Terms``: what an update is, as a value that every path reads.
 
-    W' = row_scale * (W + scale * (out_gain * B) (rank_gain * A))        [d_out, d_in]
-    b' = b + bias_shift                                                  [d_out]
+    W' = row_scale * (W + scale * (out_gain * B) (rank_gain * A)) + dense    [d_out, d_in]
+    b' = b + bias_shift                                                      [d_out]
 
 A stack of matrices (experts) has the leading dimension ``[E]`` on every tensor. LoRA uses ``A``, ``B`` and
 ``scale`` (Hu et al. 2021, arXiv 2106.09685, eq. 3); DoRA adds ``row_scale``; rank-masked methods use
@@ -28,13 +28,14 @@ class Terms:
     torch.Size([3, 2])
 
     Attributes:
-        A: down factor, ``[rank, d_in]``; None for an update of the bias alone.
+        A: down factor, ``[rank, d_in]``; None for an update without a product.
         B: up factor, ``[d_out, rank]``.
         scale: dimensionless factor on ``B A`` (alpha / rank in LoRA).
         rank_gain: ``[rank]`` factor between A and B, or None for ones.
         out_gain: ``[d_out]`` factor on B's rows, or None for ones.
         row_scale: ``[d_out]`` factor on the rows of base plus update, or None for ones.
         bias_shift: ``[d_out]`` what is added to the layer's bias, or None.
+        dense: ``[d_out, d_in]`` plain change of the weight, or None.
         dropout: probability with which the input of A is dropped while training.
     """
 
@@ -45,6 +46,7 @@ class Terms:
     out_gain: Tensor | None = None
     row_scale: Tensor | None = None
     bias_shift: Tensor | None = None
+    dense: Tensor | None = None
     dropout: float = 0.0
 
     def low_rank(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -66,14 +68,14 @@ class Terms:
         """Return ``W' - W`` as :meth:`delta` does, differentiable in the update's tensors."""
         dtype = torch.promote_types(W.dtype, torch.float32)
         if self.A is None:
-            return torch.zeros(W.shape, dtype=dtype, device=W.device)
+            return torch.zeros(W.shape, dtype=dtype, device=W.device) if self.dense is None else self.dense.to(dtype)
         A, B = self._factors(dtype)
         with torch.autocast(W.device.type, enabled=False):  # what is merged must not depend on who runs it
             low = B @ A
-        if self.row_scale is None:
-            return low
-        base = W.to(dtype)
-        return self.row_scale.to(dtype)[..., :, None] * (base + low) - base
+        if self.row_scale is not None:
+            base = W.to(dtype)
+            low = self.row_scale.to(dtype)[..., :, None] * (base + low) - base
+        return low if self.dense is None else low + self.dense.to(dtype)
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         assert self.A is not None
@@ -114,6 +116,9 @@ def add_update(
     """
     if terms.A is not None and terms.B is not None:
         out = _add_product(ops, layer, x, base_out, out, terms, weight, training)
+    if terms.dense is not None:
+        change = ops.product(layer, x, (weight * terms.dense).to(base_out.dtype), base_out)
+        out = ops.widen(layer, out, ops.narrow(layer, out) + change)
     if terms.bias_shift is not None:
         shift = ops.channelwise(layer, (weight * terms.bias_shift).to(base_out.dtype))
         out = ops.widen(layer, out, ops.narrow(layer, out) + shift)

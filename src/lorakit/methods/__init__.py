@@ -2,6 +2,7 @@
 
 from lorakit.methods.method import (
     AdapterParts,
+    Calibrated,
     Method,
     ModelPart,
     Selection,
@@ -9,5 +10,16 @@ from lorakit.methods.method import (
     find_method,
     method_names,
 )
+from lorakit.methods.rule import Rule
 
-__all__ = ["AdapterParts", "Method", "ModelPart", "Selection", "Update", "find_method", "method_names"]
+__all__ = [
+    "AdapterParts",
+    "Calibrated",
+    "Method",
+    "ModelPart",
+    "Rule",
+    "Selection",
+    "Update",
+    "find_method",
+    "method_names",
+]

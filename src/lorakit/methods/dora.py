@@ -32,8 +32,10 @@ class DoRAUpdate(LowRankUpdate):
 
     base_square: Tensor
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float, bias: Tensor | None, W: Tensor) -> None:
-        super().__init__(A, B, scale, dropout, bias)
+    def __init__(
+        self, A: Tensor, B: Tensor, scale: float, dropout: float, bias: Tensor | None, offset: bool, W: Tensor
+    ) -> None:
+        super().__init__(A, B, scale, dropout, bias, offset)
         square = torch.linalg.vector_norm(W, dim=-1, dtype=_wide(W)).square()
         self.register_buffer("base_square", square, persistent=False)
         self.magnitude = nn.Parameter(square.sqrt().to(A.dtype))
@@ -41,16 +43,17 @@ class DoRAUpdate(LowRankUpdate):
     def terms(self, ops: LayerOps, layer: nn.Module) -> Terms:
         """Return the pair with ``row_scale = magnitude / ||W0 + s B A||``."""
         W = ops.as_matrix(layer, ops.weight(layer).detach())
-        row_scale = self.magnitude.to(_wide(W)) / self.norm(W)
+        A, B = self.factors()
+        row_scale = self.magnitude.to(_wide(W)) / self.norm(W, A, B)
         shift = self.bias_shift(ops, layer)
-        return Terms(self.A, self.B, self.scale, row_scale=row_scale, dropout=self.dropout, bias_shift=shift)
+        return Terms(A, B, self.scale, row_scale=row_scale, dropout=self.dropout, bias_shift=shift)
 
     @torch.no_grad()
-    def norm(self, W: Tensor) -> Tensor:
+    def norm(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return ``||W + s B A||`` by rows, ``[d_out]``, fp32 (fp64 of fp64), without a ``[d_out, d_in]`` temporary."""
         with torch.autocast(W.device.type, enabled=False):
             wide = _wide(W)
-            A, B = self.A.to(wide), self.B.to(wide) * self.scale
+            A, B = A.to(wide), B.to(wide) * self.scale
             cross = (W @ A.to(W.dtype).mT).to(wide)
             square = self.base_square.to(wide) + ((2.0 * cross + B @ (A @ A.mT)) * B).sum(dim=-1)
             tiny = torch.finfo(torch.float32).tiny
@@ -67,10 +70,10 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     peft_tensors: ClassVar[Mapping[str, str]] = {**LoRA.peft_tensors, "magnitude": "lora_magnitude_vector"}
 
-    def update_at(self, site: Site, generator: torch.Generator, dtype: torch.dtype) -> DoRAUpdate:
+    def update_at(self, site: Site, generator: torch.Generator, dtype: torch.dtype, seen: Any = None) -> DoRAUpdate:
         """Make the update of one site."""
-        A, B, bias = self.start(site, generator, dtype)
-        return DoRAUpdate(A, B, self.scale_at(site.path), self.dropout, bias, site.matrix())
+        A, B, bias = self.start(site, generator, dtype, seen)
+        return DoRAUpdate(A, B, self.scale_at(site.path), self.dropout, bias, self.init.shifts, site.matrix())
 
     def to_peft(self) -> dict[str, Any]:
         """Return the fields of PEFT's ``LoraConfig`` with ``use_dora``."""

@@ -6,8 +6,9 @@ merged as any adapter; the copies take as much memory as the base does again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -41,7 +42,12 @@ class Full(Method):
         return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
 
     def build(
-        self, model: nn.Module, sites: Sequence[Site], generator: torch.Generator, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        seen: Mapping[str, Any] = MappingProxyType({}),
     ) -> AdapterParts:
         """Make no updates."""
         return AdapterParts({})

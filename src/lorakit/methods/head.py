@@ -5,8 +5,9 @@ The other end of the comparison: what the base's features are worth without adap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,7 +30,12 @@ class Head(Method):
         return ["head"]
 
     def build(
-        self, model: nn.Module, sites: Sequence[Site], generator: torch.Generator, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        seen: Mapping[str, Any] = MappingProxyType({}),
     ) -> AdapterParts:
         """Make no updates."""
         return AdapterParts({})

@@ -13,14 +13,17 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lorakit.errors import ConfigError, did_you_mean
+from lorakit.errors import ConfigError, UnsupportedLayerError, bullet_list, did_you_mean, quoted
+from lorakit.inits.calibration import Calibration
 from lorakit.layers import LayerOps, Site, Terms
+from lorakit.methods.rule import Rule
 from lorakit.settings import Settings
 
 
@@ -32,8 +35,15 @@ class Update(nn.Module, ABC):
         """Return the update as it is now, differentiable in the parameters."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a saved adapter keeps of this site, by name."""
+        """Return what a saved adapter keeps of this site, by name; nothing of an update that does nothing."""
         return dict(self.named_parameters(recurse=False))
+
+    def load(self, given: Mapping[str, Tensor]) -> list[str]:
+        """Take the tensors of a saved adapter, bit for bit; return what is wrong with them.
+
+        An update whose saved form is plainer than its own takes that form apart again.
+        """
+        return copy_strictly(self.tensors(), given)
 
 
 class BiasUpdate(Update):
@@ -48,6 +58,23 @@ class BiasUpdate(Update):
         base = ops.bias(layer)
         assert base is not None
         return Terms(A=None, B=None, bias_shift=self.bias - base.detach().to(self.bias.dtype))
+
+
+@torch.no_grad()
+def copy_strictly(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Copy ``given`` into ``own`` where names and shapes agree, and return every disagreement."""
+    problems = []
+    for key in sorted({*own, *given}):
+        if key not in given:
+            problems.append(f"the adapter has no tensor '{key}'")
+        elif key not in own:
+            problems.append(f"tensor '{key}' has no place here")
+        elif own[key].shape != given[key].shape:
+            found, expected = tuple(given[key].shape), tuple(own[key].shape)
+            problems.append(f"tensor '{key}' is {found} in the adapter, {expected} here")
+        else:
+            own[key].copy_(given[key])
+    return problems
 
 
 @dataclass
@@ -96,36 +123,92 @@ class AdapterParts:
     parts: Mapping[str, ModelPart] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What ``Method.calibrate`` returns: the method with everything decided, and what it saw, by path."""
+
+    method: Method
+    seen: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Method(Settings):
     """A way to fine-tune, with its settings.
 
     Attributes:
         name: how configs and the command line call it.
+        aliases: other names, with the fields that each of them means; a class derived from this one does not have them.
         peft_tensors: how PEFT names this method's tensors on a plain linear layer.
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     peft_tensors: ClassVar[Mapping[str, str]] = {}
+
+    def refusal(self, site: Site) -> str | None:
+        """Return why the method cannot act on a site, or None where it can."""
+        return None
 
     def check(self, sites: Sequence[Site]) -> None:
         """Refuse sites that the method cannot start on, all by name, before anything is built.
 
         Raises:
+            UnsupportedLayerError: sites on which it cannot act, see :meth:`refusal`.
             ShapeError: a rank above a site's smaller side.
         """
+        refused: dict[str, list[str]] = {}
+        for site in sites:
+            if (why := self.refusal(site)) is not None:
+                refused.setdefault(why, []).append(site.path)
+        if refused:
+            lines = [f"{quoted(paths)}: {why}" for why, paths in refused.items()]
+            raise UnsupportedLayerError(
+                f"method '{self.name}' cannot act on every target: {bullet_list(lines)}. Exclude these, or take "
+                "another method."
+            )
+
+    def looks(self) -> str | None:
+        """Return why the method must look at the model on examples before it starts, or None where it need not."""
+        return None
+
+    def calibrate(
+        self, model: nn.Module, sites: Sequence[Site], calibration: Calibration, generator: torch.Generator
+    ) -> Calibrated:
+        """Look at the model on examples and return what to build with; called where :meth:`looks` says so.
+
+        Raises:
+            DataError: the examples do not suffice.
+        """
+        return Calibrated(self)
+
+    def uncalibrated(self, sites: Sequence[Site]) -> Method:
+        """Return a method with as many numbers on these sites that starts without drawing or looking.
+
+        For tensors that are loaded over it, and for simulating a run.
+        """
+        return self
 
     @abstractmethod
     def build(
-        self, model: nn.Module, sites: Sequence[Site], generator: torch.Generator, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        seen: Mapping[str, Any] = MappingProxyType({}),
     ) -> AdapterParts:
         """Make the updates for ``sites``, on each site's device, in ``dtype``.
 
         Args:
             model: the base, for parts that act on it as a whole.
-            sites: where to act; a method without sites gets an empty list.
+            sites: where to act; a method without sites gets an empty list. A site without an update is left alone.
             generator: a CPU generator; all randomness comes from it.
             dtype: dtype of the adapter's parameters.
+            seen: what :meth:`calibrate` saw, by path.
         """
+
+    def changes_start(self) -> bool:
+        """Tell whether the model's outputs are others as soon as the adapter is attached."""
+        return False
 
     def needs_sites(self) -> bool:
         """Tell whether the method acts on layers (soft prompts do not)."""
@@ -139,26 +222,13 @@ class Method(Settings):
         """Return which biases get a trained copy: 'none', 'lora_only' (the targets') or 'all'."""
         return "none"
 
-    def param_groups(self, named: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
-        """Split the adapter's parameters into optimizer groups; by default one, at ``lr``."""
-        return [{"params": list(named.values()), "lr": lr}]
+    def rule(self, updates: Mapping[str, Update], num_steps: int) -> Rule:
+        """Return what this method does while the adapter with these updates trains for ``num_steps`` steps."""
+        return Rule(updates, num_steps)
 
-    def before_step(self, updates: Mapping[str, Update], step: int) -> None:
-        """Act on the gradients before the optimizer's step."""
-
-    def after_step(self, updates: Mapping[str, Update], step: int) -> None:
-        """Act on the updates after the optimizer's step."""
-
-    def training_state(self, updates: Mapping[str, Update]) -> dict[str, Tensor]:
-        """Return what training must remember beside the adapter's tensors, by name, for a checkpoint."""
-        return {}
-
-    def load_training_state(self, updates: Mapping[str, Update], tensors: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`training_state` returned; the adapter has its tensors by then."""
-
-    def penalty(self, updates: Mapping[str, Update]) -> Tensor | None:
-        """Return a term to add to the loss, or None."""
-        return None
+    def finished(self, updates: Mapping[str, Update]) -> Method:
+        """Return the method that a saved adapter with these updates is of; where it differs, it is plainer."""
+        return self
 
     def to_peft(self) -> dict[str, Any] | None:
         """Return the method's fields as PEFT's ``adapter_config.json`` spells them; None where it cannot."""
@@ -196,18 +266,44 @@ def method_types() -> tuple[type[Method], ...]:
     return tuple(_registry()[name] for name in method_names())
 
 
-def find_method(value: str | Mapping[str, Any] | Method, **fields: Any) -> Method:
-    """Return a method from its name and fields, or from what ``summary`` returned.
+def aliases_of(kind: type[Method]) -> Mapping[str, Mapping[str, Any]]:
+    """Return a method's other names, with the fields that each means; not those of what it is derived from."""
+    found: Mapping[str, Mapping[str, Any]] = vars(kind).get("aliases", {})
+    return found
+
+
+def type_named(name: str) -> tuple[type[Method], Mapping[str, Any]]:
+    """Return the method of a name or an alias, in whatever case, and the fields that the alias means.
 
     Raises:
-        ConfigError: no method has this name, or a field is wrong.
+        ConfigError: no method is called so.
+    """
+    called: dict[str, tuple[type[Method], Mapping[str, Any]]] = {}
+    for kind in method_types():
+        called |= {alias.lower(): (kind, fields) for alias, fields in aliases_of(kind).items()}
+    called |= {kind.name.lower(): (kind, {}) for kind in method_types()}
+    if name.lower() not in called:
+        known = sorted({*method_names(), *(alias for kind in method_types() for alias in aliases_of(kind))})
+        raise ConfigError(f"no method '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+    return called[name.lower()]
+
+
+def find_method(value: str | Mapping[str, Any] | Method, **fields: Any) -> Method:
+    """Return a method from its name (or an alias) and fields, or from what ``summary`` returned.
+
+    Raises:
+        ConfigError: no method has this name, or a field is wrong, or is another than the alias means.
     """
     if isinstance(value, Method):
         return value.replaced(**fields) if fields else value
-    given = {"name": value} if isinstance(value, str) else dict(value)
+    given = {**({"name": value} if isinstance(value, str) else value), **fields}
     name = str(given.pop("name", ""))
-    by_lower = {known.lower(): known for known in method_names()}
-    if name.lower() not in by_lower:
-        known = ", ".join(method_names())
-        raise ConfigError(f"no method '{name}'.{did_you_mean(name, method_names())} Known: {known}.")
-    return _registry()[by_lower[name.lower()]](**{**given, **fields})
+    kind, meant = type_named(name)
+    wrong = [
+        f"'{name}' means {key}={meant[key]!r}, not {given[key]!r}"
+        for key in meant
+        if given.get(key, meant[key]) != meant[key]
+    ]
+    if wrong:
+        raise ConfigError(f"{bullet_list(wrong)}. Leave the field out, or name the method '{kind.name}'.")
+    return kind(**{**given, **meant})

@@ -1,0 +1,1 @@
+"""Saved adapters to saved adapters: pure functions on ``AdapterState`` that see no model."""
