@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 
 import pytest
 from typer.testing import CliRunner
 
 from lorakit.cli.main import app
+from lorakit.inits import init_names
+from lorakit.methods import method_names
 from lorakit.version import __version__
 
 COMMANDS = (
@@ -106,6 +109,12 @@ def test_methods_are_listed_with_their_settings() -> None:
     text = shown("methods")
     assert "lora" in text
     assert "rank" in text
+
+
+def test_every_start_is_listed_too() -> None:
+    found = json.loads(shown("methods", "--json"))
+    assert {entry["name"] for entry in found["inits"]} == set(init_names())
+    assert {entry["name"] for entry in found["methods"]} == set(method_names())
 
 
 @pytest.mark.parametrize(

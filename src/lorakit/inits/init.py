@@ -101,6 +101,11 @@ def init_names() -> list[str]:
     return sorted(_registry())
 
 
+def init_types() -> tuple[type[Init], ...]:
+    """Return all initialisations' types, sorted by name."""
+    return tuple(_registry()[name] for name in init_names())
+
+
 def find_init(value: Any) -> Init:
     """Return an :class:`Init` from one, from its name, or from ``{"name": ..., field: value}``.
 
