@@ -211,3 +211,11 @@ def test_chosen_ranks_learn_more_than_even_ones_where_layers_need_unlike_ranks(s
 
     even = left(LoRA(rank=3, alpha=ALPHA))
     assert left(LoRA(rank="auto", budget=3 * EVEN, alpha=ALPHA)) <= 0.5 * even
+
+
+@pytest.mark.parametrize("budget", [60, 4 * EVEN + 30, 7 * EVEN - 1])
+def test_the_stand_in_for_a_plan_spends_the_budget_evenly(budget: int) -> None:
+    handle = lk.attach(Beside(), LoRA(rank="auto", budget=budget, alpha=ALPHA), blank=True)
+    found = [update.A.shape[0] for update in handle.updates().values() if isinstance(update, LowRankUpdate)]
+    assert budget - max(COSTS) < handle.counts().updates <= budget
+    assert max(found) - min(found) <= 2  # what is left over buys one of a cheaper layer

@@ -32,7 +32,7 @@ from lorakit.layers import LayerOps, Site, Terms
 from lorakit.methods.blank import Blank, BlankShifted
 from lorakit.methods.method import AdapterParts, Calibrated, Method, Update, copy_strictly
 from lorakit.methods.patterns import at_sites, matching_value, whole
-from lorakit.methods.ranks import even_rank, with_chosen_ranks
+from lorakit.methods.ranks import with_chosen_ranks, with_even_ranks
 from lorakit.methods.rule import Rule
 
 
@@ -241,13 +241,10 @@ class LoRA(Method):
         return Calibrated(method, method.init.look(model, acting, ranks, scales, calibration, generator))
 
     def uncalibrated(self, sites: Sequence[Site]) -> LoRA:
-        """Return the same with a blank start, and one rank for all where they are to be chosen."""
-        changes: dict[str, Any] = {"init": BlankShifted() if self.init.shifts else Blank()}
-        if self.rank == "auto":
-            assert self.budget is not None
-            changes |= {"rank": int(even_rank(self.budget, sites)), "budget": None}
-        changed: LoRA = self.replaced(**changes)
-        return changed
+        """Return the same with a blank start, and even ranks where they are to be chosen."""
+        method = with_even_ranks(self, sites) if self.rank == "auto" else self
+        blank: LoRA = method.replaced(init=BlankShifted() if self.init.shifts else Blank())
+        return blank
 
     def changes_start(self) -> bool:
         """Tell whether the init changes the outputs."""

@@ -58,6 +58,15 @@ def with_chosen_ranks(
     return _with_ranks(method, ranks, even)
 
 
+def with_even_ranks(method: LoRA, sites: Sequence[Site]) -> LoRA:
+    """Return the method with ranks that spend the budget as evenly as can be: a stand-in for those to be chosen."""
+    assert method.budget is not None
+    costs = {site.path: cost_of_a_rank(site) for site in sites}
+    most = {site.path: min(site.d_out, site.d_in) for site in sites}
+    worth = {path: [costs[path] / (i + 1) for i in range(most[path])] for path in costs}  # all first ranks, then second
+    return _with_ranks(method, bought(worth, costs, most, method.budget), even_rank(method.budget, sites))
+
+
 def cost_of_a_rank(site: Site) -> int:
     """Return how many numbers one rank of a site's pair (or pairs, of a stack) has."""
     return math.prod(site.stack) * (site.d_out + site.d_in)
