@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from lorakit.records import ClassScore, Evaluation, Proof, RunSummary, Sample
-from lorakit.reports import comparison
+from lorakit.reports import comparison, wording
 from lorakit.reports.tables import choices_table, evaluation_table, samples_table, summary_table
 
 Run = tuple[RunSummary, list[dict[str, Any]]]
@@ -175,3 +175,9 @@ def test_an_adapter_pays_only_where_it_beats_the_probe(classification_run: Run, 
     caution = comparison.caution(summary)
     assert (caution is None) == pays
     assert pays or "does not pay" in str(caution)
+
+
+def test_many_patterns_are_written_as_a_range() -> None:
+    ranks = {f"layer{i}": i + 1 for i in range(9)}
+    method = {"name": "lora", "rank": 2, "rank_pattern": ranks, "alpha_pattern": {"up": 3.0}}
+    assert wording.method_settings(method) == "rank 2, rank_pattern 1 to 9 by 9 patterns, alpha_pattern {'up': 3.0}"

@@ -114,12 +114,21 @@ def method_name(method: dict[str, Any]) -> str:
     return name
 
 
+MOST_PATTERNS = 4
+
+
+def _setting(value: Any) -> Any:
+    """Write a value; patterns that name many layers by their number and range."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MOST_PATTERNS and "name" not in value:
+        numbers = sorted(float(each) for each in value.values())
+        return f"{numbers[0]:g} to {numbers[-1]:g} by {len(value):,} patterns"
+    return value.get("name", value)
+
+
 def method_settings(method: dict[str, Any]) -> str:
     """Write a method's settings: ``rank 8, alpha 16, init kaiming``; empty ones are left out."""
-    named = {
-        key: value.get("name", value) if isinstance(value, dict) else value
-        for key, value in method.items()
-        if key != "name"
-    }
+    named = {key: _setting(value) for key, value in method.items() if key != "name"}
     empty: tuple[Any, ...] = (None, "", [], {})
     return ", ".join(f"{key} {value}" for key, value in named.items() if value not in empty)
