@@ -209,7 +209,15 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(talker: Path, tmp_path: Pa
 
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "lorakit", "chat", str(talker), "--max-new-tokens", "4000"]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(tmp_path))
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(tmp_path),
+        # A shell starts its background jobs deaf to Ctrl-C, and so their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(theirs)
     seen = ""
 
