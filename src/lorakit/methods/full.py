@@ -6,26 +6,18 @@ merged as any adapter; the copies take as much memory as the base does again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import nn
 
 from lorakit.errors import UnsupportedLayerError, quoted
-from lorakit.layers import Site
-from lorakit.methods.method import AdapterParts, Method
+from lorakit.methods.modules import ModulesMethod
 
 
-class Full(Method):
+class Full(ModulesMethod):
     """Train all modules in full; it has no fields."""
 
     name: ClassVar[str] = "full"
-
-    def needs_sites(self) -> bool:
-        """Return False: no low-rank update is made."""
-        return False
 
     def modules_in_full(self, model: nn.Module) -> list[str]:
         """Return the model's top modules.
@@ -40,14 +32,3 @@ class Full(Method):
                 "Put it inside a module."
             )
         return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-
-    def build(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        generator: torch.Generator,
-        dtype: torch.dtype,
-        seen: Mapping[str, Any] = MappingProxyType({}),
-    ) -> AdapterParts:
-        """Make no updates."""
-        return AdapterParts({})

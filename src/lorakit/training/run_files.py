@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit.errors import RunFolderError
 from lorakit.records import RunSummary, from_json
 from lorakit.training.spec import TaskSpec
 from lorakit.training.start import Start
+
+R = TypeVar("R")
 
 
 def read_summary(folder: str | Path) -> RunSummary:
@@ -19,11 +21,7 @@ def read_summary(folder: str | Path) -> RunSummary:
     Raises:
         RunFolderError: it is missing or broken.
     """
-    value = _read(Path(folder) / "run.json")
-    try:
-        return from_json(RunSummary, value)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunFolderError(f"'{folder}/run.json' is not a run's summary ({error!r}).") from error
+    return _record(RunSummary, folder, "run.json", "is not a run's summary")
 
 
 def read_start(folder: str | Path) -> Start | None:
@@ -39,11 +37,15 @@ def read_spec(folder: str | Path) -> TaskSpec:
     Raises:
         RunFolderError: it is missing or broken.
     """
-    value = _read(Path(folder) / "task.json")
+    return _record(TaskSpec, folder, "task.json", "does not describe a task")
+
+
+def _record(kind: type[R], folder: str | Path, name: str, problem: str) -> R:
+    value = _read(Path(folder) / name)
     try:
-        return from_json(TaskSpec, value)
+        return from_json(kind, value)
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunFolderError(f"'{folder}/task.json' does not describe a task ({error!r}).") from error
+        raise RunFolderError(f"'{folder}/{name}' {problem} ({error!r}).") from error
 
 
 def _read(path: Path) -> Any:
