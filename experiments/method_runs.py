@@ -75,6 +75,7 @@ class Candidate:
         rate_factor: what the grid of learning rates is multiplied by.
         most_rank: no higher rank is tried for the budget.
         anchor: it is not at the budget, but beside it for orientation.
+        keeps_budget: it takes the budget itself, and no more than it.
         remark: what a reader must know of its column.
     """
 
@@ -83,6 +84,7 @@ class Candidate:
     rate_factor: float = 1.0
     most_rank: int = 64
     anchor: bool = False
+    keeps_budget: bool = False
     remark: str = ""
 
 
@@ -95,10 +97,10 @@ _METHODS = (
     Candidate("lorapro", {"name": "lorapro"}),
     Candidate("dora", {"name": "dora"}),
     Candidate("vera", {"name": "vera"}, most_rank=256, remark=_VERA),
-    Candidate("adalora", {"name": "adalora"}),
-    Candidate("increlora", {"name": "increlora"}),
+    Candidate("adalora", {"name": "adalora", "rank": REFERENCE_RANK}, keeps_budget=True),
+    Candidate("increlora", {"name": "increlora", "rank": REFERENCE_RANK}, keeps_budget=True),
     Candidate("dylora", {"name": "dylora"}),
-    Candidate("lora rank=auto", {"name": "lora", "rank": "auto"}),
+    Candidate("lora rank=auto", {"name": "lora", "rank": "auto"}, keeps_budget=True),
 )
 _ANCHORS = (
     Candidate("full", {"name": "full"}, 0.1, anchor=True, remark="all numbers; a tenth of the rates"),
@@ -182,15 +184,13 @@ def budgets(task: Task, wanted: Sequence[Candidate]) -> tuple[int, dict[str, tup
     for candidate in wanted:
         if candidate.anchor:
             known[candidate.name] = dict(candidate.fields), None
-        elif candidate.fields.get("rank") == "auto":
+        elif candidate.keeps_budget:
             fields = {**candidate.fields, "budget": budget, "alpha": 2.0 * REFERENCE_RANK}
             known[candidate.name] = fields, Matched(REFERENCE_RANK, budget, True)
         else:
-            summary = find_method(dict(candidate.fields)).summary()
-            # What these start with is not what they end with: their rank is the end's mean over the layers.
-            ends = {**candidate.fields, **({"name": "lora"} if "init_rank" in summary else {})}
-            mixes = "rank_pattern" in summary and "init_rank" not in summary
-            found = match(lambda rank, ends=ends: numbers({**ends, "rank": rank}), budget, candidate.most_rank, mixes)
+            mixes = "rank_pattern" in find_method(dict(candidate.fields)).summary()
+            fields = dict(candidate.fields)
+            found = match(lambda rank, f=fields: numbers({**f, "rank": rank}), budget, candidate.most_rank, mixes)
             known[candidate.name] = with_ranks(candidate, found), found
     return budget, known
 

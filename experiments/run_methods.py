@@ -37,6 +37,9 @@ RESULTS = ROOT / "experiments/results"
 PAGE = ROOT / "docs/methods.md"
 IMAGES = ROOT / "docs/images"
 RATES = {"trec": (5e-4, 2e-3, 8e-3), "e2e": (2e-3, 8e-3, 3.2e-2)}
+STEP, MOST_STEPS = 4.0, 3
+"""Where the best rate is the first or last of a grid, it goes on in such steps, at most so many of them."""
+
 SEEDS = (0, 1, 2)
 QUICK_SEEDS, QUICK_STEPS, QUICK = (0, 1), 20, ("lora", "dora", "vera")
 
@@ -130,20 +133,41 @@ def compare(
 ) -> tuple[list[Scored], int]:
     """Run one task for all candidates and return their scores, and the budget."""
     budget, known = budgets(task, wanted)
-    grid = {one.name: [float(f"{lr * one.rate_factor:.3g}") for lr in rates] for one in wanted}
-    first = {
-        (one.name, lr): job(folder, task, one.name, known[one.name][0], lr, seeds[0])
-        for one in wanted
-        for lr in grid[one.name]
-    }
-    run_all(list(first.values()), at_a_time)
-    chosen = {one.name: best_rate(task, {lr: _result(first[one.name, lr]) for lr in grid[one.name]}) for one in wanted}
+    grids = {one.name: [rounded(lr * one.rate_factor) for lr in rates] for one in wanted}
+    chosen: dict[str, tuple[float, str]] = {}
+    for added in range(MOST_STEPS + 1):
+        first = {
+            name: {lr: job(folder, task, name, known[name][0], lr, seeds[0]) for lr in grid}
+            for name, grid in grids.items()
+        }
+        run_all([each for by_rate in first.values() for each in by_rate.values()], at_a_time)
+        chosen = {
+            name: best_rate(task, {lr: _result(one) for lr, one in by_rate.items()}) for name, by_rate in first.items()
+        }
+        if added < MOST_STEPS:
+            grids = {name: widened(grid, chosen[name][0]) for name, grid in grids.items()}
     runs = {
         one.name: [job(folder, task, one.name, known[one.name][0], chosen[one.name][0], seed) for seed in seeds]
         for one in wanted
     }
     run_all([each for jobs in runs.values() for each in jobs], at_a_time)
     return [_scored(one, known[one.name][1], chosen[one.name], runs[one.name]) for one in wanted], budget
+
+
+def rounded(lr: float) -> float:
+    """Return a learning rate in three digits, so that the same rate has the same name however it was come by."""
+    return float(f"{lr:.3g}")
+
+
+def widened(grid: Sequence[float], best: float) -> list[float]:
+    """Return a grid of rates with one more beyond the end that the best one is at, if it is at one.
+
+    >>> widened([0.002, 0.008], 0.008)
+    [0.002, 0.008, 0.032]
+    """
+    if len(grid) < 2 or best not in (min(grid), max(grid)):
+        return sorted(grid)
+    return sorted([*grid, rounded(best * STEP if best == max(grid) else best / STEP)])
 
 
 def _result(one: Job) -> Result:

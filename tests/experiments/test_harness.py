@@ -41,7 +41,7 @@ from experiments.method_results import (  # noqa: E402
     table,
 )
 from experiments.method_runs import Candidate, Result, Task, candidates, with_ranks  # noqa: E402
-from experiments.run_methods import job, run_all, tasks_of  # noqa: E402
+from experiments.run_methods import job, run_all, tasks_of, widened  # noqa: E402
 
 from lorakit.methods import find_method  # noqa: E402
 from lorakit.methods.lora import LoRA  # noqa: E402
@@ -256,6 +256,18 @@ def test_the_rate_is_the_best_on_held_out_rows_and_never_one_that_broke_off() ->
 
 def test_a_rate_at_the_edge_of_the_grid_is_said() -> None:
     assert best_rate(LOSSES, {1e-3: result(9.0), 2e-3: result(8.0)}) == (2e-3, "highest rate of the grid")
+
+
+@pytest.mark.parametrize(
+    ("best", "grid"),
+    [
+        (2e-3, [5e-4, 2e-3, 8e-3]),
+        (8e-3, [5e-4, 2e-3, 8e-3, 3.2e-2]),
+        (5e-4, [1.25e-4, 5e-4, 2e-3, 8e-3]),
+    ],
+)
+def test_a_grid_grows_where_its_best_rate_is_at_an_end(best: float, grid: list[float]) -> None:
+    assert widened([5e-4, 2e-3, 8e-3], best) == grid
 
 
 @pytest.mark.parametrize(

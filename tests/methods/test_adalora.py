@@ -129,15 +129,29 @@ def test_the_budget_falls_as_a_cube_from_the_start_to_the_target() -> None:
 @pytest.mark.parametrize("count", [0, 1, 4, 7, 9])
 def test_as_many_are_chosen_as_asked_for_whatever_scores_are_equal(count: int) -> None:
     equal = {"a": torch.zeros(4), "b": torch.zeros(2), "c": torch.zeros(3)}
-    counts = [int(mask.sum()) for mask in chosen(equal, count).values()]
+    counts = [int(mask.sum()) for mask in chosen(equal, dict.fromkeys(equal, 1), count).values()]
     assert sum(counts) == count
     assert max(counts) - min(counts) <= 1 or count > 6  # b has only two
 
 
 def test_the_best_of_all_layers_are_chosen() -> None:
-    masks = chosen({"a": torch.tensor([5.0, 0.0, 3.0]), "b": torch.tensor([4.0, 1.0])}, 3)
+    masks = chosen({"a": torch.tensor([5.0, 0.0, 3.0]), "b": torch.tensor([4.0, 1.0])}, {"a": 1, "b": 1}, 3)
     assert masks["a"].tolist() == [True, False, True]
     assert masks["b"].tolist() == [True, False]
+
+
+def test_a_component_dearer_than_what_is_left_is_passed_over() -> None:
+    scores = {"dear": torch.tensor([5.0, 4.0]), "cheap": torch.tensor([3.0, 2.0])}
+    masks = chosen(scores, {"dear": 10, "cheap": 4}, 18)
+    assert {path: mask.tolist() for path, mask in masks.items()} == {"dear": [True, False], "cheap": [True, True]}
+
+
+@pytest.mark.parametrize("budget", [60, 150, 283])
+def test_a_budget_of_numbers_is_spent_and_not_exceeded(budget: int) -> None:
+    model, goal = planted(SIZES, [0, 1, 3])
+    handle = lk.attach(model, AdaLoRA(rank=2, budget=budget, init_rank=4, alpha=5.0, tinit=5, tfinal=5), seed=1)
+    steps(stepper_of(handle, goal, 30), 30)
+    assert budget - min(m + n + 1 for m, n in SIZES) < handle.counts().updates <= budget
 
 
 def test_momentum_does_not_undo_a_choice() -> None:
@@ -324,6 +338,12 @@ def test_a_run_too_short_for_its_settings_says_what_it_does() -> None:
             ConfigError,
             "100 components are asked for in the end, but method 'adalora' can come to 1 to 9",
         ),
+        (
+            {"budget": 30},
+            ConfigError,
+            "30 numbers are asked for in the end, but method 'adalora' can come to 35 to 339",
+        ),
+        ({"budget": 90, "total": 4}, ConfigError, "give one of them"),
         ({"rank": 13}, ShapeError, r"rank 13 is above the smaller side of 'layers.1' \(12 x 22\)"),
         ({"tinit": -1}, ConfigError, "tinit"),
         ({"orthogonality": -0.1}, ConfigError, "orthogonality"),

@@ -91,6 +91,19 @@ def test_the_budget_is_met_exactly_and_never_exceeded(num_steps: int, total: int
     assert (counts[0], counts[-1]) == (3, total)
 
 
+@pytest.mark.parametrize("num_steps", [3, 40])
+@pytest.mark.parametrize("budget", [113, 200, 431])
+def test_a_budget_of_numbers_is_spent_and_never_exceeded(num_steps: int, budget: int) -> None:
+    stepper = started(IncreLoRA(rank=3, budget=budget, alpha=6.0), num_steps)
+    numbers = []
+    for _ in range(num_steps):
+        steps(stepper, 1)
+        numbers.append(sum(r * (m + n + 1) for r, (m, n) in zip(ranks_of(stepper.handle), SIZES, strict=True)))
+    assert numbers == sorted(numbers)
+    assert budget - min(m + n + 1 for m, n in SIZES) < numbers[-1] <= budget
+    assert stepper.handle.counts().updates == numbers[-1]
+
+
 def test_no_layer_grows_above_its_smaller_side() -> None:
     model, goal = planted([(2, 30), (24, 18)], [2, 1])
     stepper = stepper_of(lk.attach(model, IncreLoRA(rank=2, total=20, alpha=4.0), seed=1), goal, 30)
@@ -215,6 +228,7 @@ def test_the_factor_is_that_of_a_lora_of_the_rank_in_the_end() -> None:
     ("fields", "message"),
     [
         ({"total": 2}, "2 components are asked for in the end, but method 'increlora' can come to 3 to 44 on these 3"),
+        ({"budget": 100}, "100 numbers are asked for in the end, but method 'increlora' can come to 113 to"),
         ({"init_rank": 0}, "init_rank"),
         ({"beta": 1.0}, "beta"),
     ],

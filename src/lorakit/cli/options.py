@@ -111,7 +111,9 @@ Init = Annotated[
 ]
 Budget = Annotated[
     int | None,
-    typer.Option(metavar="N", help="With --rank auto: numbers of all updates together.", rich_help_panel=WHAT),
+    typer.Option(
+        metavar="N", help="With --rank auto, adalora, increlora: numbers of all updates.", rich_help_panel=WHAT
+    ),
 ]
 Targets = Annotated[
     str | None,

@@ -52,6 +52,7 @@ class AdaLoRA(ComponentsMethod):
         init_rank: components per layer at the start; None for one and a half times ``rank``.
         alpha, dropout, scaling, bias: as in LoRA.
         total: components that all layers keep together; None for ``rank`` times their number.
+        budget: numbers that they keep at most, in the place of ``total``: the best components, as many as it pays for.
         tinit, tfinal: steps before the first choice and after the last; below 1 a share of all steps.
         interval: steps between two choices, at most a tenth of the time there is for them.
         orthogonality: weight of the penalty that keeps components apart, the paper's gamma.
@@ -74,8 +75,9 @@ class AdaLoRA(ComponentsMethod):
         return self.init_rank if self.init_rank is not None else math.ceil(1.5 * self.rank)
 
     def reach(self, sites: Sequence[Site]) -> tuple[int, int]:
-        """Return the least and the most components that all layers together can end with: one, and all there are."""
-        return 1, sum(self.start_at(site) for site in sites)
+        """Return what the end can have: one component, the smallest there is, up to all of the start."""
+        prices = [self.price(site) for site in sites]
+        return min(prices), sum(p * self.start_at(site) for p, site in zip(prices, sites, strict=True))
 
     def rule(self, updates: Mapping[str, Update], num_steps: int) -> Rule:
         """Return the rule that scores and chooses."""
@@ -99,7 +101,7 @@ class AdaLoRARule(ComponentsRule):
         self._kept: list[tuple[nn.Parameter, nn.Parameter, int, Tensor]] = []
 
     def budget(self, step: int) -> int:
-        """Return how many components of all layers together are kept after the ``step``-th step."""
+        """Return how many components (or numbers) all layers together keep after the ``step``-th step."""
         if step >= self.last:
             return self.target
         left = 1.0 - max(0, step - self.first) / (self.last - self.first)
@@ -128,7 +130,7 @@ class AdaLoRARule(ComponentsRule):
         """Keep the best components where a choice is due; the optimizer's momentum cannot undo it."""
         if self.final or not self.chooses(step):
             return
-        masks = chosen(self.scores(), self.budget(step))
+        masks = chosen(self.scores(), self.prices, self.budget(step))
         for path, mask in masks.items():
             self._block(self.layers[path]).E.mul_(mask)  # type: ignore[union-attr]
         if step == self.last:
@@ -214,18 +216,27 @@ class AdaLoRARule(ComponentsRule):
         self._remarks.append(f"AdaLoRA: {self.count():,} of {before:,} components kept; {self.ranks()}.")
 
 
-def chosen(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Return which components are among the best ``count`` of all layers: masks of booleans by path.
+def chosen(scores: Mapping[str, Tensor], prices: Mapping[str, int], budget: int) -> dict[str, Tensor]:
+    """Return which components a budget keeps, the best of all layers first: masks of booleans by path.
 
-    Of equal scores those with a lower number in their layer are taken first, so that the layers get as many each.
+    One that is dearer than what is left is passed over. Of equal scores those with a lower number in their layer are
+    taken first, so that the layers get as many each.
+
+    Args:
+        scores: of each component, ``[rank]`` by path.
+        prices: what a component of each layer counts for.
+        budget: what those that are kept may count for together.
     """
     places = sorted((i, number) for number, each in enumerate(scores.values()) for i in range(len(each)))
     values = [each.double().cpu() for each in scores.values()]
+    costs = [prices[path] for path in scores]
     flat = torch.stack([values[number][i] for i, number in places])
     masks = [torch.zeros(len(each), dtype=torch.bool) for each in values]
-    for place in flat.argsort(descending=True, stable=True)[:count].tolist():
+    for place in flat.argsort(descending=True, stable=True).tolist():
         i, number = places[place]
-        masks[number][i] = True
+        if costs[number] <= budget:
+            budget -= costs[number]
+            masks[number][i] = True
     return {path: mask.to(scores[path].device) for path, mask in zip(scores, masks, strict=True)}
 
 

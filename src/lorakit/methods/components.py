@@ -167,6 +167,8 @@ class ComponentsMethod(Method):
         scaling: 'standard' or 'rslora'.
         bias: which biases get a trained copy: 'none', 'lora_only' (the targets'), 'all' (every layer's).
         total: components of all layers together, when the run is over; None for ``rank`` times their number.
+        budget: numbers of all layers' components together, in the place of ``total``: when the run is over there are
+            not more, and fewer than another component would add. ``rank`` then is what the factor is of.
     """
 
     rank: Rank = 8
@@ -175,6 +177,7 @@ class ComponentsMethod(Method):
     scaling: Literal["standard", "rslora"] = "standard"
     bias: Literal["none", "lora_only", "all"] = "none"
     total: Annotated[int, Field(ge=1, strict=True)] | None = None
+    budget: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @property
     def scale(self) -> float:
@@ -189,12 +192,19 @@ class ComponentsMethod(Method):
     def check(self, sites: Sequence[Site]) -> None:
         """Refuse a rank above a layer's smaller side, a total out of reach, and dropout that a layer does not take."""
         super().check(sites)
-        least, most = self.reach(sites)
-        wanted = self.total_at(sites)
-        if not least <= wanted <= most:
+        if self.total is not None and self.budget is not None:
             raise ConfigError(
-                f"{wanted:,} components are asked for in the end, but method '{self.name}' can come to {least:,} to "
-                f"{most:,} on these {len(sites)} layers. Change total, rank or init_rank."
+                f"total={self.total:,} says how many components there are to be, budget={self.budget:,} how many "
+                "numbers: give one of them."
+            )
+        least, most = self.reach(sites)
+        wanted = self.wanted(len(sites))
+        if not least <= wanted <= most:
+            unit = "components" if self.budget is None else "numbers"
+            field = "total" if self.budget is None else "budget"
+            raise ConfigError(
+                f"{wanted:,} {unit} are asked for in the end, but method '{self.name}' can come to {least:,} to "
+                f"{most:,} on these {len(sites)} layers. Change {field}, rank or init_rank."
             )
         deaf = [site.path for site in sites if self.dropout > 0 and not site.ops.takes_dropout]
         if deaf:
@@ -212,11 +222,17 @@ class ComponentsMethod(Method):
 
     @abstractmethod
     def reach(self, sites: Sequence[Site]) -> tuple[int, int]:
-        """Return the least and the most components that all layers together can end with."""
+        """Return the least and the most components (numbers, where there is a budget) that the end can have."""
 
-    def total_at(self, sites: Sequence[Site]) -> int:
-        """Return how many components all layers together are to end with."""
-        return self.total if self.total is not None else self.rank * len(sites)
+    def wanted(self, num_layers: int) -> int:
+        """Return how many components (numbers, where there is a budget) all layers together are to end with."""
+        if self.budget is not None:
+            return self.budget
+        return self.total if self.total is not None else self.rank * num_layers
+
+    def price(self, of: Site | ComponentsUpdate) -> int:
+        """Return what a component of a layer counts for: 1, or its numbers where there is a budget."""
+        return 1 if self.budget is None else math.prod(of.stack) * (of.d_out + of.d_in + 1)
 
     def start_at(self, site: Site) -> int:
         """Return how many components the layer starts with: never more than its smaller side."""
@@ -273,7 +289,8 @@ class ComponentsRule(Rule):
 
     Attributes:
         layers: the updates with components by path.
-        start, target: how many components all layers start and end with.
+        prices: what a component of each counts for, by path: 1, or its numbers where there is a budget.
+        start, target: how much all layers start with and may end with, in that unit.
         first, last: the steps of the first and the last choice.
         every: steps between two choices.
         orthogonality: weight of the penalty, gamma.
@@ -284,8 +301,11 @@ class ComponentsRule(Rule):
     ) -> None:
         super().__init__(updates, num_steps)
         self.layers = {path: update for path, update in updates.items() if isinstance(update, ComponentsUpdate)}
-        self.start = sum(min(method.start_rank, update.room) for update in self.layers.values())
-        self.target = method.total if method.total is not None else method.rank * len(self.layers)
+        self.prices = {path: method.price(update) for path, update in self.layers.items()}
+        self.start = sum(
+            self.prices[path] * min(method.start_rank, update.room) for path, update in self.layers.items()
+        )
+        self.target = method.wanted(len(self.layers))
         self.orthogonality = orthogonality
         self.first, self.last, self.every = num_steps, num_steps, 1
         self._remarks: list[str] = []
@@ -320,6 +340,10 @@ class ComponentsRule(Rule):
     def count(self) -> int:
         """Return how many components count now."""
         return sum(update.rank for update in self.layers.values())
+
+    def spent(self) -> int:
+        """Return what those count for that there are now."""
+        return sum(self.prices[path] * update.rank for path, update in self.layers.items())
 
     def ranks(self) -> str:
         """Say the ranks there are, in words."""

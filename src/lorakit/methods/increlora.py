@@ -55,6 +55,7 @@ class IncreLoRA(ComponentsMethod):
         init_rank: components per layer at the start.
         alpha, dropout, scaling, bias: as in LoRA.
         total: components of all layers together in the end; None for ``rank`` times their number.
+        budget: numbers of all layers together in the end, in the place of ``total``, as near below as components go.
         tinit, tfinal: steps before the first choice and after the last; below 1 a share of all steps.
         interval: steps between two choices, at most a tenth of the time there is for them; so long the learning rate
             of new components rises.
@@ -77,8 +78,9 @@ class IncreLoRA(ComponentsMethod):
         return self.init_rank
 
     def reach(self, sites: Sequence[Site]) -> tuple[int, int]:
-        """Return the least and the most components that all layers together can end with: the start, and all room."""
-        return sum(self.start_at(site) for site in sites), sum(min(site.d_out, site.d_in) for site in sites)
+        """Return what the end can have: from the start's components to all that there is room for."""
+        least = sum(self.price(site) * self.start_at(site) for site in sites)
+        return least, sum(self.price(site) * min(site.d_out, site.d_in) for site in sites)
 
     def rule(self, updates: Mapping[str, Update], num_steps: int) -> Rule:
         """Return the rule that lets layers grow."""
@@ -98,17 +100,18 @@ class IncreLoRARule(ComponentsRule):
         self.beta = method.beta
         self.grown: list[tuple[int, int]] = []
         missing = self.target - self.start
-        self.events = self._events(missing)
-        self.each = max(1, math.ceil(missing / len(self.events) / max(1, len(self.layers))))
+        self.events = self._events(missing // max(1, min(self.prices.values(), default=1)))
+        self.each = max(1, math.ceil(missing / len(self.events) / max(1, sum(self.prices.values()))))
         self._generator = torch.Generator().manual_seed(next((u.seed for u in self.layers.values()), 0))
         self._born: dict[nn.Parameter, int] = {}
         self._gain: dict[Block, Tensor] = {}
-        if self.count() < self.target:
+        if self.grows():
             self._refill(0)
 
     def grows(self) -> bool:
-        """Whether components are still to come."""
-        return self.count() < self.target
+        """Whether components are still to come: some layer has room for one, and the budget pays for it."""
+        left = self.target - self.spent()
+        return any(self.prices[path] <= left and update.rank < update.room for path, update in self.layers.items())
 
     def settled(self) -> bool:
         """Tell whether all components have come."""
@@ -156,11 +159,10 @@ class IncreLoRARule(ComponentsRule):
         if step not in self.events:
             return
         left = [event for event in self.events if event >= step]
-        count = math.ceil((self.target - self.count()) / len(left))
-        added = self._grow(step, count)
+        added = self._grow(step, math.ceil((self.target - self.spent()) / len(left)))
         while step == self.last and self.grows():  # more than the reserves held
             self._refill(step)
-            added += self._grow(step, self.target - self.count())
+            added += self._grow(step, self.target - self.spent())
         self.grown.append((step, added))
         if self.grows():
             self._refill(step)
@@ -255,17 +257,22 @@ class IncreLoRARule(ComponentsRule):
                 block.B.copy_(torch.nn.functional.normalize(b, dim=-1).mT)
                 rows, columns = torch.cat([rows, block.A], dim=-2), torch.cat([columns, block.B.mT], dim=-2)
 
-    def _grow(self, step: int, count: int) -> int:
-        """Let the best ``count`` components in reserve count, fewer if there are not so many; return their number."""
-        gains = self.scores()
-        ranked = sorted(self._reserves(), key=lambda found: -gains.get(found[1], 0.0))[:count]
-        for update, block in ranked:
+    def _grow(self, step: int, share: int) -> int:
+        """Let the best components in reserve count that a share of the budget pays for; return their number."""
+        gains, added = self.scores(), 0
+        reserves = [(path, block) for path, update in self.layers.items() for block in update.reserved()]
+        for path, block in sorted(reserves, key=lambda found: -gains.get(found[1], 0.0)):
+            if self.prices[path] > share:
+                continue
+            share -= self.prices[path]
+            added += 1
+            update = self.layers[path]
             block.E = nn.Parameter(torch.zeros(*update.stack, 1, device=block.A.device, dtype=block.A.dtype))
             self._be_born(block.E, step)
             self._gain.pop(block, None)
             update.blocks.append(block)
             update.reserve = nn.ModuleList([other for other in update.reserve if other is not block])
-        return len(ranked)
+        return added
 
     def _refill(self, step: int) -> None:
         """Draw new components for the reserves, orthogonal to all that their layer has."""
