@@ -43,7 +43,7 @@ format: $(STAMP) ## Format the code and mend what ruff can mend
 	@$(BIN)/ruff format .
 
 bench: $(STAMP) ## Run the benchmarks, one after the other
-	@set -e; for file in benchmarks/startup.py $(sort $(wildcard benchmarks/bench_*.py)); do \
+	@set -e; for file in benchmarks/startup.py $(sort $(filter-out benchmarks/bench_gpu.py,$(wildcard benchmarks/bench_*.py))); do \
 		echo "== $$file"; $(BIN)/python $$file; \
 	done
 

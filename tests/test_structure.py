@@ -49,7 +49,7 @@ APART = {frozenset({"training", "serving"})}
 MAX_LINES = {"module": 400, "class": 200, "function": 60}
 
 # Each costs seconds, or much memory: imported inside the functions that need it.
-HEAVY = {"accelerate", "datasets", "jinja2", "matplotlib", "pandas", "pyarrow", "sklearn", "transformers"}
+HEAVY = {"accelerate", "datasets", "jinja2", "matplotlib", "pandas", "pyarrow", "sklearn", "transformers", "triton"}
 HEAVY_FOR_CLI = HEAVY | {"numpy", "torch"}  # `lorakit --help` does without torch
 
 # Always there beside torch and transformers, which alone decide which versions of them fit.

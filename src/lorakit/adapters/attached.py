@@ -11,8 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapters.branches import Active, Branches, Updates
 from lorakit.adapters.copies import ModuleCopy, leaf_modules, pristine_copy
-from lorakit.adapters.host import Adapted, adapt, base_parameters, hosts, unadapt, wanted_mode
+from lorakit.adapters.host import Adapted, adapt, unadapt, wanted_mode
 from lorakit.adapters.targets import Places, is_below, refuse_read_by_parent, tied_names
+from lorakit.adapters.walk import module_at, walk_parameters
 from lorakit.errors import ConfigError, TargetError, UnsupportedLayerError, bullet_list, quoted
 from lorakit.layers import Site, find_ops, sites_of
 from lorakit.methods import Method, ModelPart, Update
@@ -84,14 +85,20 @@ class Attached:
         """The paths of all updates."""
         return tuple(self.sites)
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The paths of all hosts, each once."""
+        places = (*self.sites.values(), *self.biases.values(), *self.rows.values())
+        return tuple(dict.fromkeys([*(host for host, _ in places), *self.copies]))
+
     def branches(self, model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Update | ModuleCopy]]:
         """Yield path, host and this adapter's branch of every update, trained bias, rows and module in full."""
         for path, (host_path, place) in (*self.sites.items(), *self.biases.items(), *self.rows.items()):
-            host = model.get_submodule(host_path)
+            host = module_at(model, host_path)
             branch = _branches_of(host).named()[name]
             yield path, host, branch.at(place) if isinstance(branch, Updates) else branch
         for path in self.copies:
-            host = model.get_submodule(path)
+            host = module_at(model, path)
             branch = _branches_of(host).named()[name]
             assert isinstance(branch, ModuleCopy)
             yield path, host, branch
@@ -249,7 +256,11 @@ def install_parts(model: nn.Module, name: str, active: Active, entry: Attached) 
 
 def uninstall(model: nn.Module, name: str, entry: Attached) -> None:
     """Take everything of one adapter out of a model again, also where only some of it had been put in."""
-    for _, host, branches in list(hosts(model)):
+    for path in entry.hosts:
+        host = module_at(model, path)
+        if not isinstance(host, Adapted):
+            continue
+        branches = host.lorakit
         if name in branches.named():
             branches.drop(name)
         if not branches.named():
@@ -281,14 +292,14 @@ def not_the_bases(model: nn.Module, entry: Attached) -> tuple[str, ...]:
     An adapter that trains every module belongs to all of the base as it was: then nothing is left out.
     """
     exclude = tuple(sorted({*entry.full_modules, *entry.new_modules, *entry.rows}))
-    return exclude if any(not is_below(path, exclude) for path, _ in base_parameters(model)) else ()
+    return exclude if any(not is_below(path, exclude) for path, _ in walk_parameters(model)) else ()
 
 
 def freeze_base(model: nn.Module) -> dict[str, bool]:
     """Stop the base's parameters from requiring gradients; return their flags as they were."""
     flags = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):  # tied ones under each of their names
+    for name, parameter in walk_parameters(model, remove_duplicate=False):  # tied ones under each of their names
         flags[name] = parameter.requires_grad
-    for _, parameter in base_parameters(model):
+    for _, parameter in walk_parameters(model):
         parameter.requires_grad_(False)
     return flags

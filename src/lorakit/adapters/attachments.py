@@ -15,10 +15,11 @@ from lorakit.adapters.beginning import begin
 from lorakit.adapters.blocks import Layers
 from lorakit.adapters.branches import Active
 from lorakit.adapters.checkpointing import InputGradients
-from lorakit.adapters.host import base_parameters, keep_statistics, leave_fast_paths, restore
+from lorakit.adapters.host import keep_statistics, leave_fast_paths, restore
 from lorakit.adapters.identity import Identity, identify
 from lorakit.adapters.state import AdapterState
 from lorakit.adapters.targets import as_entries, find_full_modules, find_sites, shortest_names
+from lorakit.adapters.walk import walk_parameters
 from lorakit.errors import AdapterError, bullet_list, did_you_mean
 from lorakit.inits import Calibration
 from lorakit.layers import Site
@@ -155,7 +156,7 @@ class Attachments(ABC):
             self.remove(name)
         for module in self.model.modules():
             restore(module)
-        for name, parameter in base_parameters(self.model):
+        for name, parameter in walk_parameters(self.model):
             parameter.requires_grad_(self._flags.get(name, False))
         self._input_gradients.remove()
         del self.model.__dict__["_lorakit_handle"]

@@ -10,6 +10,7 @@ from torch import nn
 from lorakit.adapters.branches import Active
 from lorakit.errors import ConfigError
 from lorakit.inits import Calibration
+from lorakit.kernels.dropout import prepare
 from lorakit.layers import Site
 from lorakit.methods import AdapterParts, Calibrated, Method
 
@@ -33,7 +34,16 @@ def begin(
     found = Calibrated(method.uncalibrated(sites))
     if not blank:
         found = _calibrated(model, active, method, sites, calibration, generator)
-    return found.method, found.method.build(model, sites, generator, dtype, found.seen)
+    parts = found.method.build(model, sites, generator, dtype, found.seen)
+    for p, kind, device in sorted({_masked(site, parts) for site in sites if _masked(site, parts)[0] > 0.0}, key=str):
+        prepare(p, kind, device)
+    return found.method, parts
+
+
+def _masked(site: Site, parts: AdapterParts) -> tuple[float, torch.dtype, torch.device]:
+    """Return a site's dropout, and what its masks multiply."""
+    weight = site.ops.weight(site.layer)
+    return float(getattr(parts.updates.get(site.path), "dropout", 0.0)), weight.dtype, weight.device
 
 
 def _calibrated(

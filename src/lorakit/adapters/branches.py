@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.copies import ModuleCopy
+from lorakit.adapters.linear_path import fast_output, watch_output
+from lorakit.adapters.readers import Readers
+from lorakit.adapters.routed import Together, add_together
 from lorakit.adapters.routing import Routing
 from lorakit.errors import RoutingError
-from lorakit.layers import BranchOps, LayerOps, WeightOps, add_update
+from lorakit.layers import BranchOps, LayerOps, Terms, WeightOps, add_update
 from lorakit.layers.ops import host_class, with_positions
 from lorakit.methods import Selection, Update
 
@@ -30,11 +33,13 @@ class Active(Selection):
         strengths: a lasting factor per adapter, 1.0 where none is set.
         routing: who acts on which row or position; None where ``weights`` acts on all.
         merged: the weights hold the updates already, so that hosts add nothing.
+        readers: which hosts read the same input.
     """
 
     strengths: dict[str, float] = field(default_factory=dict)
     routing: Routing | None = None
     merged: bool = False
+    readers: Readers = field(default_factory=Readers)
 
     def acts(self) -> bool:
         """Tell whether any adapter changes what the model computes."""
@@ -81,6 +86,7 @@ class Branches(nn.Module):
         super().__init__()
         self.ops = ops
         self.active = active
+        self.together = Together()
 
     def put(self, name: str, branch: ModuleCopy) -> None:
         """Add a copy; any name will do, also one that ``nn.Module`` uses itself ('train')."""
@@ -93,6 +99,7 @@ class Branches(nn.Module):
     def drop(self, name: str) -> None:
         """Remove an adapter's part."""
         del self._modules[name]
+        self.together.clear()
 
     def named(self) -> Mapping[str, Branch]:
         """Return the parts by adapter name."""
@@ -110,8 +117,19 @@ class Branches(nn.Module):
 
     def _acting(self) -> dict[str, float]:
         """Return the strength of every adapter here that acts on all rows."""
-        strengths = {name: self.active.strength(name) for name in self._modules}
+        strengths = {name: self.active.strength(name) for name in self.active.weights if name in self._modules}
         return {name: strength for name, strength in strengths.items() if strength != 0.0}
+
+    def plain_updates(self) -> Iterator[tuple[Update | None, float]]:
+        """Yield what acts on all rows with its strength; None for what is not one update of the whole host."""
+        for name, strength in self._acting().items():
+            yield self.plain_update(name), strength
+
+    def plain_update(self, name: str) -> Update | None:
+        """Return an adapter's update where it is one of the whole host, else None."""
+        branch = self._modules[name]
+        whole = list(branch.each()) if isinstance(branch, Updates) else []
+        return whole[0][1] if len(whole) == 1 and whole[0][0] is self.ops else None
 
     def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the host computes with the adapters that act; ``forward`` is its own."""
@@ -123,12 +141,15 @@ class Branches(nn.Module):
                 return self._routed_by_weight(self.ops, routing, host, forward, args, kwargs)
             tensors = self._tensors(host, self._acting())
             return self.ops.run(host, forward, tensors, args, kwargs) if tensors else forward(*args, **kwargs)
+        if routing is None and (found := fast_output(self, host, args, kwargs)) is not None:
+            return found
         base_out = forward(*args, **kwargs)
         if routing is not None:
             return self._routed(routing, host, base_out, args, kwargs)
         out = base_out
         for name, weight in self._acting().items():
             out = self._add(name, host, base_out, out, args, kwargs, weight)
+        watch_output(self, host, out)
         return out
 
     def _add(
@@ -152,7 +173,8 @@ class Branches(nn.Module):
         for ops, update in branch.each():
             assert isinstance(ops, BranchOps)
             terms = update.terms(ops, host)
-            out = add_update(ops, host, x, base_out, out, terms, weight, update.training)
+            seed = self.active.readers.seed(x) if _draws(terms, update) else None
+            out = add_update(ops, host, x, base_out, out, terms, weight, update.training, seed)
         return out
 
     def _routed(
@@ -164,24 +186,26 @@ class Branches(nn.Module):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Add each adapter's difference to its own rows or positions; all others keep the base's bits."""
-        out = base_out
-        for name in routing.names:
-            if name not in self._modules:
-                continue
+        names = tuple(name for name in routing.names if name in self._modules)
+        for name in names:
             if isinstance(self._modules[name], ModuleCopy) and not _is_one_to_one(args, kwargs, base_out):
                 raise _only_alone(name, host, "it takes or returns other than one tensor")
-            x = _input(args, kwargs)
-            leading = self.ops.positions(host, x) if self.ops is not None else tuple(x.shape[:1])
-            places, depth = routing.places(name, leading, x.device)
-            if len(places) == 0:
-                continue
-            x_rows = x.flatten(0, depth - 1).index_select(0, places)
-            base_rows = base_out.flatten(0, depth - 1).index_select(0, places)
+        if not names:
+            return base_out
+        x = _input(args, kwargs)
+        out, names = add_together(self, routing, host, x, base_out, names)
+        if not names:
+            return out
+        leading = self.ops.positions(host, x) if self.ops is not None else tuple(x.shape[:1])
+        order, counts, depth = routing.places(names, leading, x.device)
+        x_rows, base_rows = (part.flatten(0, depth - 1).index_select(0, order) for part in (x, base_out))
+        others = {key: value for key, value in kwargs.items() if value is not x}
+        changed = []
+        pieces = zip(names, x_rows.split_with_sizes(counts), base_rows.split_with_sizes(counts), strict=True)
+        for name, own, base in pieces:
             weight = self.active.strengths.get(name, 1.0)
-            others = {key: value for key, value in kwargs.items() if value is not x}
-            changed = self._add(name, host, base_rows, base_rows, (x_rows, *args[1:]), others, weight)
-            out = with_positions(out, depth, places, changed)
-        return out
+            changed.append(self._add(name, host, base, base, (own, *args[1:]), others, weight))
+        return with_positions(out, depth, order, torch.cat(changed))
 
     def _routed_by_weight(
         self,
@@ -199,7 +223,7 @@ class Branches(nn.Module):
                 continue
             leading = ops.positions(host, _input(args, kwargs))
             device = next(host.parameters(recurse=False)).device
-            places, depth = routing.places(name, leading, device)
+            places, _, depth = routing.places([name], leading, device)
             if len(places) > 0:
                 plans.append((name, places, depth, *ops.select(host, args, kwargs, places, depth)))
         out = forward(*args, **kwargs)
@@ -219,6 +243,11 @@ class Branches(nn.Module):
             base = host.get_parameter(key).detach()
             found[key] = (base.to(change.dtype) + change).to(base.dtype)
         return found
+
+
+def _draws(terms: Terms, update: Update) -> bool:
+    """Tell whether an update drops some of its input, by a seed; a graph of torch.compile draws for itself."""
+    return terms.dropout > 0.0 and update.training and not torch.compiler.is_compiling()
 
 
 # What the hosts call their input, where a call names it; several may be named, in any order.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lorakit.adapters.attached import Counts
 from lorakit.adapters.copies import ModuleCopy
-from lorakit.adapters.host import base_parameters
 from lorakit.adapters.state import AdapterState, SiteState
 from lorakit.adapters.targets import base_modules, shortest_names
 from lorakit.adapters.token_rows import RowsUpdate
+from lorakit.adapters.walk import walk_parameters
 from lorakit.errors import ShapeError, TargetError, bullet_list, did_you_mean, quoted
 from lorakit.layers import Site, sites_of
 from lorakit.layers.ops import Runs
@@ -122,7 +122,7 @@ def counts(handle: Attachments, name: str) -> Counts:
             rows[id(branch.rows)] = branch.rows.numel()
         else:
             updates += sum(p.numel() for p in branch.parameters())
-    base = sum(p.numel() for _, p in base_parameters(handle.model))
+    base = sum(p.numel() for _, p in walk_parameters(handle.model))
     return Counts(updates + sum(rows.values()), sum(full.values()), base)
 
 
@@ -153,7 +153,7 @@ def places(model: nn.Module, state: AdapterState) -> tuple[list[Site], dict[str,
     found: dict[str, Site] = {}
     missing: list[str] = []
     for path in (*state.sites, *state.biases):
-        site = _site(model, path, state.sites[path].runs if path in state.sites else None, known)
+        site = _site(model, path, state.sites[path].runs if path in state.sites else None, known, modules)
         if site is not None:
             found[path] = site
         elif path not in modules or path in state.sites:
@@ -174,7 +174,9 @@ def places(model: nn.Module, state: AdapterState) -> tuple[list[Site], dict[str,
     return sites, leaves, biases
 
 
-def _site(model: nn.Module, path: str, runs: Runs | None, known: Mapping[str, Site]) -> Site | None:
+def _site(
+    model: nn.Module, path: str, runs: Runs | None, known: Mapping[str, Site], modules: Mapping[str, nn.Module]
+) -> Site | None:
     """Return the site at a saved path, or None where the model has no such layer or weight."""
     if path in known:
         return known[path]
@@ -182,7 +184,7 @@ def _site(model: nn.Module, path: str, runs: Runs | None, known: Mapping[str, Si
     whole = path if part is None else part["path"]
     if whole not in known:
         host, _, name = whole.rpartition(".")
-        layer = dict(model.named_modules()).get(host)
+        layer = modules.get(host) if host else model
         if layer is None or name not in layer._parameters:
             return None
     if part is None:
@@ -234,7 +236,8 @@ def fill(handle: Attachments, name: str, state: AdapterState) -> None:
     problems: list[str] = []
     entry = handle.adapters[name]
     filled: set[int] = set()
-    for path, _, branch in entry.branches(handle.model, name):
+    branches = [(path, branch) for path, _, branch in entry.branches(handle.model, name)]
+    for path, branch in branches:
         if isinstance(branch, RowsUpdate):
             if path in state.rows or id(branch.rows) not in filled:
                 saved = state.rows[path].tensors if path in state.rows else {}
@@ -252,7 +255,7 @@ def fill(handle: Attachments, name: str, state: AdapterState) -> None:
             given = dict(state.modules[path])
         found = branch.load(given) if isinstance(branch, Update) else copy_strictly(branch.tensors(), given)
         problems += [f"'{path}': {problem}" for problem in found]
-    updates = {path: branch for path, _, branch in entry.branches(handle.model, name) if isinstance(branch, Update)}
+    updates = {path: branch for path, branch in branches if isinstance(branch, Update)}
     problems += _fill_shared(entry.method, updates, state)
     for key, part in entry.parts.items():
         found = copy_strictly(part.state_dict(keep_vars=True), dict(state.parts.get(key, {})))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import json
 import math
@@ -29,12 +30,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.walk import walk, walk_parameters
 from lorakit.errors import FormatError, ModelError, quoted
 from lorakit.layers.ops import Runs
 from lorakit.layers.site import runs_of
-
-ADAPTER_SEGMENT = "lorakit"
-"""Attribute under which a host layer keeps its adapters; no base tensor has it in its name."""
 
 SAMPLES_PER_TENSOR = 8
 
@@ -141,11 +140,10 @@ def identify(model: nn.Module, exclude: Iterable[str] = ()) -> Identity:
         ModelError: no parameter is left, or some have no values (meta device).
     """
     excluded = tuple(sorted(set(exclude)))
-    tensors = dict(base_parameters(model, excluded))
-    if not tensors:
-        raise ModelError("the model has no base parameters to identify.")
-    _require_values(tensors)
     kept = _kept(model, excluded)
+    if not kept:
+        raise ModelError("the model has no base parameters to identify.")
+    _require_values({one.name: one.tensor for one in kept})
     listing = json.dumps([(one.name, list(one.shape)) for one in kept])
     numbers: Counter[torch.dtype] = Counter()
     for one in kept:
@@ -155,7 +153,7 @@ def identify(model: nn.Module, exclude: Iterable[str] = ()) -> Identity:
         sketch=base64.b64encode(_bytes(_samples(kept))).decode("ascii"),
         dtype=_dtype_word(max(numbers, key=lambda dtype: (numbers[dtype], str(dtype)))),
         excluded=excluded,
-        num_tensors=len(tensors),
+        num_tensors=len(kept),
         num_parameters=sum(numbers.values()),
     )
 
@@ -229,7 +227,7 @@ def non_finite(model: nn.Module) -> list[str]:
 
 def base_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[tuple[str, Tensor]]:
     """List the base's own parameters by name; a tied tensor once, adapters and ``exclude`` left out."""
-    return _own(model.named_parameters(remove_duplicate=False), exclude)
+    return _own(walk_parameters(model, remove_duplicate=False), exclude)
 
 
 def base_buffers(model: nn.Module, exclude: Iterable[str] = ()) -> list[tuple[str, Tensor]]:
@@ -238,7 +236,7 @@ def base_buffers(model: nn.Module, exclude: Iterable[str] = ()) -> list[tuple[st
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in walk(model, remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in module._non_persistent_buffers_set:
                 yield (f"{path}.{name}" if path else name), buffer
@@ -248,14 +246,18 @@ def _own(named: Iterable[tuple[str, Tensor]], exclude: Iterable[str]) -> list[tu
     excluded = tuple(exclude)
     first_names: dict[int, tuple[str, Tensor]] = {}
     for raw_name, tensor in named:
-        segments = [segment for segment in raw_name.split(".") if segment not in _WRAPPER_SEGMENTS]
-        name = ".".join(segments)
-        if ADAPTER_SEGMENT in segments or any(name == path or name.startswith(f"{path}.") for path in excluded):
+        name = _unwrapped(raw_name)
+        if any(name == path or name.startswith(f"{path}.") for path in excluded):
             continue
         known = first_names.get(id(tensor))
         if known is None or name < known[0]:
             first_names[id(tensor)] = (name, tensor)
     return sorted(first_names.values(), key=lambda pair: pair[0])
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without the segments of modules that torch puts around others."""
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
 
 
 def _require_values(tensors: Mapping[str, Tensor]) -> None:
@@ -291,16 +293,28 @@ class _Kept:
     def num_samples(self) -> int:
         return min(SAMPLES_PER_TENSOR, self.num_numbers)
 
-    def places(self) -> list[int]:
+    def places(self) -> tuple[int, ...]:
         """Return where its samples are in the flat tensor."""
-        count, width = self.num_samples, math.prod(self.tensor.shape[1:])
-        found = []
-        for i in range(count):
-            row, column = divmod(i * (self.num_numbers - 1) // max(count - 1, 1), max(width, 1))
-            for start, stop in self.runs:
-                row += stop - start if row >= start else 0
-            found.append(row * width + column)
-        return found
+        return _places(self.num_numbers, self.num_samples, math.prod(self.tensor.shape[1:]), self.runs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(num_numbers: int, count: int, width: int, left_out: Runs) -> tuple[int, ...]:
+    """Return where the samples of a tensor are in it, flat.
+
+    Args:
+        num_numbers: its numbers without the rows ``left_out``.
+        count: samples to take, evenly spaced.
+        width: numbers in a row.
+        left_out: rows that do not count.
+    """
+    found = []
+    for i in range(count):
+        row, column = divmod(i * (num_numbers - 1) // max(count - 1, 1), max(width, 1))
+        for start, stop in left_out:
+            row += stop - start if row >= start else 0
+        found.append(row * width + column)
+    return tuple(found)
 
 
 def _kept(model: nn.Module, excluded: Iterable[str]) -> list[_Kept]:
@@ -308,9 +322,8 @@ def _kept(model: nn.Module, excluded: Iterable[str]) -> list[_Kept]:
     excluded = tuple(excluded)
     rows = {part["path"]: runs_of(part["parts"]) for path in excluded if (part := _ROWS.fullmatch(path)) is not None}
     runs: dict[int, Runs] = {}
-    for raw_name, tensor in model.named_parameters(remove_duplicate=False) if rows else ():
-        segments = [segment for segment in raw_name.split(".") if segment not in _WRAPPER_SEGMENTS]
-        holder = ".".join(segments[:-1])
+    for name, tensor in walk_parameters(model, remove_duplicate=False) if rows else ():
+        holder = _unwrapped(name).rpartition(".")[0]
         if holder in rows:
             runs[id(tensor)] = rows[holder]
     return [_Kept(name, tensor, runs.get(id(tensor), ())) for name, tensor in base_parameters(model, excluded)]
@@ -318,14 +331,20 @@ def _kept(model: nn.Module, excluded: Iterable[str]) -> list[_Kept]:
 
 def _samples(parameters: Iterable[_Kept]) -> Tensor:
     """Return the sampled values of all tensors as one bf16 vector on the CPU, one transfer per device."""
-    pieces: list[Tensor] = []
-    for one in parameters:
-        index = torch.tensor(one.places(), dtype=torch.int64, device=one.tensor.device)
-        pieces.append(torch.take(one.tensor.detach(), index).to(torch.bfloat16))
-    devices = {piece.device for piece in pieces}
-    if len(devices) > 1:
-        pieces = [piece.cpu() for piece in pieces]
-    return torch.cat(pieces).cpu()
+    parameters = list(parameters)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, one in enumerate(parameters):
+        by_device.setdefault(one.tensor.device, []).append(i)
+    pieces: dict[int, Tensor] = {}
+    for device, own in by_device.items():
+        places = [parameters[i].places() for i in own]
+        sizes = [len(some) for some in places]
+        index = torch.tensor([place for some in places for place in some], dtype=torch.int64, device=device)
+        tensors = [parameters[i].tensor.detach() for i in own]
+        taken = [torch.take(tensor, some) for tensor, some in zip(tensors, torch.split(index, sizes), strict=True)]
+        together = torch.cat([values.to(torch.bfloat16) for values in taken]).cpu()
+        pieces.update(zip(own, torch.split(together, sizes), strict=True))
+    return torch.cat([pieces[i] for i in range(len(parameters))])
 
 
 def _owner_of_sample(model: nn.Module, excluded: tuple[str, ...], index: int) -> str:

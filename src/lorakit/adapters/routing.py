@@ -3,20 +3,37 @@
 One name per row is the special case of one name per position; it is expanded by the shape of each
 layer's input. Where a layer sees another number of positions than the batch has (a pooler, a head
 that keeps the last token), a row whose positions all agree keeps its adapter; anything else is
-refused, never guessed.
+refused, never guessed. Rows are sorted by adapter once, for all layers whose inputs are shaped alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorakit.errors import RoutingError
+from lorakit.kernels.segments import Segments
 
 Route = Sequence[str | None] | Sequence[Sequence[str | None]]
+
+
+class Places(NamedTuple):
+    """Where some adapters act in a layer's input.
+
+    Attributes:
+        order: indices into the input's first ``depth`` dimensions, flattened: one adapter's after the other's.
+        counts: how many are each adapter's.
+        depth: 1 for whole rows, else as many dimensions as the leading shape has.
+    """
+
+    order: Tensor
+    counts: tuple[int, ...]
+    depth: int
 
 
 class Routing:
@@ -24,7 +41,7 @@ class Routing:
 
     Attributes:
         names: the adapters that occur, in order of appearance.
-        index: ``[rows]`` or ``[rows, positions]``, the place in ``names``, or -1 for the base alone.
+        shape: ``(rows,)`` or ``(rows, positions)``.
     """
 
     def __init__(self, route: Route) -> None:
@@ -41,52 +58,81 @@ class Routing:
             raise RoutingError("a route has rows of different lengths; every row needs one entry per position.")
         self.names: tuple[str, ...] = tuple(dict.fromkeys(str(name) for name in flat if name is not None))
         place = {name: i for i, name in enumerate(self.names)}
-        codes = [-1 if name is None else place[str(name)] for name in flat]
+        self._codes = [-1 if name is None else place[str(name)] for name in flat]
         by_position = isinstance(rows[0], list)
-        self.index = torch.tensor(codes).view(len(rows), -1) if by_position else torch.tensor(codes)
-        self._cache: dict[tuple[object, ...], Tensor] = {}
+        self.shape: tuple[int, ...] = (len(rows), len(flat) // len(rows)) if by_position else (len(rows),)
+        self._rows = self._codes if not by_position else self._agreeing()
+        self._places: dict[tuple[object, ...], Places] = {}
+        self._segments: dict[tuple[object, ...], Segments] = {}
 
-    def rows(self) -> Tensor | None:
-        """Return one code per row, ``[rows]``, or None where a row holds several adapters."""
-        if self.index.dim() == 1:
-            return self.index
-        first = self.index[:, 0]
-        return first if bool((self.index == first[:, None]).all()) else None
-
-    def places(self, name: str, leading: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-        """Find where one adapter acts in a layer's input.
+    def places(self, names: Sequence[str], leading: tuple[int, ...], device: torch.device) -> Places:
+        """Find where adapters act in a layer's input.
 
         Args:
-            name: an adapter.
+            names: adapters; each occurs.
             leading: the input's leading shape, whose entries each become one output.
             device: where the indices are needed.
-
-        Returns:
-            Indices, and the number of leading dimensions they run over once flattened: 1 for whole rows
-            (indices into the first dimension), else ``len(leading)``.
 
         Raises:
             RoutingError: the input's positions cannot be told.
         """
-        codes, depth = self._codes(leading)
-        key = (name, depth, len(codes), device)
-        if key not in self._cache:
-            code = self.names.index(name) if name in self.names else -2
-            self._cache[key] = (codes == code).nonzero().flatten().to(device)
-        return self._cache[key], depth
+        key = (tuple(names), leading, device)
+        if key not in self._places:
+            codes, depth = self._codes_of(leading)
+            found: dict[int, list[int]] = {self.names.index(name): [] for name in names}
+            for position, code in enumerate(codes):
+                if code in found:
+                    found[code].append(position)
+            with _outside_inference_mode():
+                order = torch.tensor([position for own in found.values() for position in own], device=device)
+            self._places[key] = Places(order, tuple(len(own) for own in found.values()), depth)
+        return self._places[key]
 
-    def _codes(self, leading: tuple[int, ...]) -> tuple[Tensor, int]:
-        rows = self.rows()
+    def segments(self, names: tuple[str, ...], leading: tuple[int, ...], device: torch.device) -> Segments:
+        """Sort all entries of a leading shape by adapter: groups in the order of ``names``, each of which occurs.
+
+        Raises:
+            RoutingError: the input's positions cannot be told.
+        """
+        key = (names, leading, device)
+        if key not in self._segments:
+            codes, depth = self._codes_of(leading)
+            groups = torch.full((len(self.names) + 1,), -1)  # the last one is the base's, whose code is -1
+            for group, name in enumerate(names):
+                groups[self.names.index(name)] = group
+            own = groups[torch.tensor(codes)].repeat_interleave(math.prod(leading[depth:]))
+            self._segments[key] = Segments(own, len(names), device)
+        return self._segments[key]
+
+    def _agreeing(self) -> list[int] | None:
+        """Return one code per row, or None where a row holds several adapters."""
+        width = self.shape[1]
+        rows = [self._codes[start : start + width] for start in range(0, len(self._codes), width)]
+        return [row[0] for row in rows] if all(len(set(row)) == 1 for row in rows) else None
+
+    def _codes_of(self, leading: tuple[int, ...]) -> tuple[list[int], int]:
+        """Return the codes of a layer's input, and over how many of its dimensions they run."""
+        rows = self._rows
         if rows is not None and leading and leading[0] == len(rows):
             return rows, 1
-        by_position = self.index.dim() == 2 and math.prod(leading) == self.index.numel()
-        if by_position and leading[0] in (len(self.index), self.index.numel()):
-            return self.index.flatten(), len(leading)
-        asked = " x ".join(str(size) for size in self.index.shape)
+        by_position = len(self.shape) == 2 and math.prod(leading) == len(self._codes)
+        if by_position and leading[0] in (self.shape[0], len(self._codes)):
+            return self._codes, len(leading)
+        asked = " x ".join(str(size) for size in self.shape)
         found = " x ".join(str(size) for size in leading) or "no batch dimension"
-        unit = "rows" if self.index.dim() == 1 else "rows x positions"
+        unit = "rows" if len(self.shape) == 1 else "rows x positions"
         raise RoutingError(
             f"a route for {asked} {unit} meets a layer whose input has {found} positions: "
             "whose they are cannot be told. Give one adapter per position of the batch, or one per row with "
             "inputs that keep the batch first."
         )
+
+
+def _outside_inference_mode() -> contextlib.AbstractContextManager[object]:
+    """Return a context in which tensors are made that a training forward may want as well.
+
+    A graph of torch.compile knows neither the mode nor the question whether it is on.
+    """
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)

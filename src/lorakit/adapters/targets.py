@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.blocks import Layers, layer_filter
+from lorakit.adapters.walk import walk, walk_parameters
 from lorakit.adapters.words import WORDS, sites_of_word
 from lorakit.errors import InputError, TargetError, UnsupportedLayerError, bullet_list, did_you_mean, quoted
 from lorakit.layers import BranchOps, Site, ops_for, sites_of
@@ -47,7 +48,7 @@ def base_modules(model: nn.Module, read: bool = False) -> dict[str, nn.Module]:
 
     What lies in an attention of torch's, which reads its weights itself, is left out unless ``read``.
     """
-    modules = {p: m for p, m in model.named_modules() if p and "lorakit" not in p.split(".")}
+    modules = {path: module for path, module in walk(model) if path}
     attentions = [path for path, module in modules.items() if isinstance(module, nn.MultiheadAttention)]
     return {p: m for p, m in modules.items() if read or not any(p.startswith(f"{a}.") for a in attentions)}
 
@@ -371,25 +372,25 @@ def shortest_names(model: nn.Module, paths: Sequence[str], skip: Sequence[str] =
     A last component is used where all modules and weights that end so are meant, else the full paths, as of
     a parameter that only its name makes a target.
     """
-    everything = Places.of(model, skip).paths()
+    by_last: dict[str, list[str]] = {}
+    for path in Places.of(model, skip).paths():
+        by_last.setdefault(path.rpartition(".")[2], []).append(path)
     wanted = set(paths)
     whole = {PART.sub(r"\g<path>", path) for path in wanted}
-    names: set[str] = set()
-    for path in wanted:
-        last = path.rsplit(".", 1)[-1]
+    covered: dict[str, bool] = {}  # by the last component: whether it means wanted paths alone
+    for last in {path.rpartition(".")[2] for path in wanted}:
         name, brackets, _ = last.partition("[")
-        same = [p for p in everything if p == name or p.endswith("." + name)]
+        same = by_last.get(name, [])
         meant = {p + last.removeprefix(name) for p in same} if brackets else set(same)
-        names.add(last if same and meant <= wanted and set(same) <= whole else path)
-    return sorted(names)
+        covered[last] = bool(same) and meant <= wanted and whole.issuperset(same)
+    return sorted({last if covered[last := path.rpartition(".")[2]] else path for path in wanted})
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Return, for each parameter name, the other names under which the same parameter occurs."""
     groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if "lorakit" not in name.split("."):
-            groups.setdefault(id(parameter), []).append(name)
+    for name, parameter in walk_parameters(model, remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
     return {n: [o for o in names if o != n] for names in groups.values() if len(names) > 1 for n in names}
 
 

@@ -112,7 +112,7 @@ def describe_model(folder: str | os.PathLike[str]) -> ModelOutline:
     tensors = read_header(folder)
     values = _config_values(Path(folder))
     model = _on_meta(folder, values) if values else None
-    dtype = _stored_dtype(tensors)
+    dtype = stored_dtype(tensors)
     kind, architectures = str(values.get("model_type", "")), tuple(values.get("architectures") or ())
     if model is None:
         num_params = sum(tensor.num_elements for tensor in tensors)
@@ -259,7 +259,8 @@ def _config_values(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _stored_dtype(tensors: Iterable[TensorInfo]) -> str:
+def stored_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """Return the dtype most of a checkpoint's numbers are stored in: 'fp32', 'bf16', 'fp16', ..."""
     numbers: Counter[str] = Counter()
     for tensor in tensors:
         numbers[tensor.dtype] += tensor.num_elements

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.identity import ADAPTER_SEGMENT
+from lorakit.adapters.walk import ADAPTER_SEGMENT
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.errors import RunFolderError, TrainingError
 from lorakit.files import is_disk_full, take_name, umask

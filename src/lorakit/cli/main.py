@@ -34,6 +34,7 @@ from lorakit.cli import (
     train,
 )
 from lorakit.errors import LorakitError
+from lorakit.training.processor import cores, limit_threads
 from lorakit.version import __version__
 
 INTERRUPTED = 130
@@ -127,6 +128,7 @@ def main() -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other packages' notices; `python -W default -m lorakit` shows them
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    limit_threads(os.environ, cores())  # before torch is loaded, which reads it once
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every retry would be told of; the error says it once
     logger = logging.getLogger("lorakit")
     logger.addHandler(output.NoteHandler())

@@ -190,6 +190,14 @@ GradCheckpointing = Annotated[
     bool | None,
     typer.Option("--grad-checkpointing", help="Save memory by computing activations twice.", rich_help_panel=MACHINE),
 ]
+Packing = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|on|off",
+        help="Several examples in one sequence, none of which sees another; else where it pays.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Compile = Annotated[
     bool | None, typer.Option("--compile", help="Run the model through torch.compile.", rich_help_panel=MACHINE)
 ]

@@ -71,6 +71,7 @@ def plan(
     max_length: options.MaxLength = None,
     dtype: options.TrainDtype = None,
     device: options.TrainDevice = None,
+    packing: options.Packing = None,
     grad_checkpointing: options.GradCheckpointing = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrainTrust = None,

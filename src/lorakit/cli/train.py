@@ -73,6 +73,7 @@ def train(
     max_length: options.MaxLength = None,
     dtype: options.TrainDtype = None,
     device: options.TrainDevice = None,
+    packing: options.Packing = None,
     grad_checkpointing: options.GradCheckpointing = None,
     compile_: options.Compile = None,
     revision: options.Revision = None,

@@ -32,7 +32,7 @@ from lorakit.formats.peft_config import (
     to_lora,
     write_config,
 )
-from lorakit.formats.peft_keys import Sorted, base_key, raise_problems, sort_keys
+from lorakit.formats.peft_keys import Sorted, base_key, holds_base, raise_problems, sort_keys
 from lorakit.formats.peft_notes import Notes
 from lorakit.formats.peft_rows import FIELD, read_rows, write_rows
 from lorakit.formats.peft_sites import ReadSites, read_sites, taken, write_sites
@@ -151,6 +151,8 @@ class PeftFormat(Format):
     def base_weights(self, files: Files) -> Mapping[str, Tensor]:
         """Return what PEFT stores of a target beside the update: the base layer's own weight."""
         config, notes, tensors = _parts(files)
+        if not holds_base(tensors.tensors):
+            return {}
         found = sort_keys(tensors.tensors)
         return {name: t for name, t in found.base.items() if not _is_trained_bias(name, found, config, notes)}
 

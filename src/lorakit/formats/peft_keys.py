@@ -25,7 +25,7 @@ module with several adapted parameters there is one wrapper for each. So whateve
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -140,6 +140,11 @@ def sort_keys(tensors: Mapping[str, Tensor]) -> Sorted:
         if not _same(found.plain.setdefault(name, tensor), tensor):
             found.problems.append(f"'{name}' is there twice with different values")
     return found
+
+
+def holds_base(tensors: Iterable[str]) -> bool:
+    """Tell whether any key can be one of the base's own tensors, without looking at the others."""
+    return any(".base_layer." in key or ".original_module." in key for key in tensors)
 
 
 def unwrapped(path: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorakit.adapters import AdapterState, Handle, SiteState, handle_of
 from lorakit.adapters.capture import places
 from lorakit.adapters.identity import compare, identify
+from lorakit.adapters.walk import walk_parameters
 from lorakit.bases.vocabulary import grow, num_tokens, table_paths
 from lorakit.errors import (
     BaseMismatchError,
@@ -199,11 +200,13 @@ def _make_room(model: nn.Module, state: AdapterState) -> None:
     Raises:
         ShapeError: other adapters are on it already.
     """
+    if not (state.rows or state.modules):
+        return
     from transformers import PreTrainedModel
 
-    last = max((stop for site in state.rows.values() for _, stop in site.runs or ()), default=0)
-    if not isinstance(model, PreTrainedModel) or not (state.rows or state.modules):
+    if not isinstance(model, PreTrainedModel):
         return
+    last = max((stop for site in state.rows.values() for _, stop in site.runs or ()), default=0)
     try:
         here, table = num_tokens(model), table_paths(model)[0]
     except ModelError:  # it has no embedding of tokens: nothing of the adapter is one
@@ -231,11 +234,14 @@ def _misfits(model: nn.Module, state: AdapterState) -> str:
 
 def _check_kernels(model: nn.Module, state: AdapterState, folder: Path) -> None:
     """Refuse convolutions of another kernel: as matrices, 1 x 4 and 2 x 2 would be the same size."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    convolutions = {path: site for path, site in state.sites.items() if site.kind.startswith("conv")}
+    if not convolutions:
+        return
+    shapes = {name: tuple(parameter.shape) for name, parameter in walk_parameters(model, remove_duplicate=False)}
     problems = [
         f"'{path}' has a weight {shapes[f'{path}.weight']} here, {site.weight_shape} in the adapter"
-        for path, site in state.sites.items()
-        if site.kind.startswith("conv") and shapes.get(f"{path}.weight", site.weight_shape) != site.weight_shape
+        for path, site in convolutions.items()
+        if shapes.get(f"{path}.weight", site.weight_shape) != site.weight_shape
     ]
     if problems:
         raise ShapeError(f"adapter '{folder}' does not fit this {type(model).__name__}: {bullet_list(problems)}.")
@@ -245,7 +251,9 @@ def _check_base_weights(
     model: nn.Module, weights: Mapping[str, Tensor], rows: Mapping[str, SiteState], folder: Path
 ) -> None:
     """Accept copies of the base's own weights beside an adapter only where they are this model's, but for its rows."""
-    own = dict(model.named_parameters(remove_duplicate=False))
+    if not weights:
+        return
+    own = dict(walk_parameters(model, remove_duplicate=False))
     trained: dict[int, list[int]] = {}
     for path, site in rows.items():
         table = own.get(f"{path.partition('[')[0]}.weight")

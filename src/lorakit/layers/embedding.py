@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lorakit.kernels.dropout import dropped
 from lorakit.layers.ops import BranchOps
 
 
@@ -48,8 +49,11 @@ class EmbeddingOps(BranchOps):
         return F.embedding(x, A.t(), padding_idx=layer.padding_idx)
 
     @override
-    def dropped_down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor, p: float) -> Tensor:
-        keep = F.dropout(torch.ones(x.shape, dtype=A.dtype, device=A.device), p, training=True)
+    def dropped_down(
+        self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor, p: float, seed: int | None = None
+    ) -> Tensor:
+        ones = torch.ones(x.shape, dtype=A.dtype, device=A.device)
+        keep = F.dropout(ones, p, training=True) if seed is None else dropped(ones, p, seed)
         return self.down(layer, x, A, like) * keep[..., None]
 
     @override

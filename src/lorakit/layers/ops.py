@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lorakit.errors import UnsupportedLayerError, quoted
+from lorakit.kernels.dropout import dropped
 
 Runs = tuple[tuple[int, int], ...]
 Forward = Callable[..., Any]
@@ -140,9 +141,12 @@ class BranchOps(LayerOps):
             like: the layer's own output for ``x``.
         """
 
-    def dropped_down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor, p: float) -> Tensor:
-        """Map the input into rank space with dropout of probability ``p`` on the input."""
-        return self.down(layer, F.dropout(x, p, training=True), A, like)
+    def dropped_down(
+        self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor, p: float, seed: int | None = None
+    ) -> Tensor:
+        """Map the input into rank space with dropout of probability ``p`` on the input, by a seed or drawn anew."""
+        x = F.dropout(x, p, training=True) if seed is None else dropped(x, p, seed)
+        return self.down(layer, x, A, like)
 
     @abstractmethod
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:

@@ -130,8 +130,10 @@ class BranchPart(_Part, BranchOps):
         return self.inner.down(layer, x, A, like)
 
     @override
-    def dropped_down(self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor, p: float) -> Tensor:
-        return self.inner.dropped_down(layer, x, A, like, p)
+    def dropped_down(
+        self, layer: nn.Module, x: Tensor, A: Tensor, like: Tensor, p: float, seed: int | None = None
+    ) -> Tensor:
+        return self.inner.dropped_down(layer, x, A, like, p, seed)
 
     @override
     def product(self, layer: nn.Module, x: Tensor, D: Tensor, like: Tensor) -> Tensor:

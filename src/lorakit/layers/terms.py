@@ -97,6 +97,7 @@ def add_update(
     terms: Terms,
     weight: float = 1.0,
     training: bool = False,
+    seed: int | None = None,
 ) -> Tensor:
     """Return ``out + weight * (W' x + b' - W x - b)``, the plain path.
 
@@ -109,13 +110,14 @@ def add_update(
         terms: the update.
         weight: the adapter's strength, dimensionless; 0 means no effect.
         training: whether dropout acts.
+        seed: of the mask on an input that the layer multiplies by its weight; None to draw one by torch's own dropout.
 
     Returns:
         A tensor of ``out``'s shape and dtype. The factors are rounded to that dtype for the products;
         parameters and their gradients keep their own.
     """
     if terms.A is not None and terms.B is not None:
-        out = _add_product(ops, layer, x, base_out, out, terms, weight, training)
+        out = _add_product(ops, layer, x, base_out, out, terms, weight, training, seed)
     if terms.dense is not None:
         change = ops.product(layer, x, (weight * terms.dense).to(base_out.dtype), base_out)
         out = ops.widen(layer, out, ops.narrow(layer, out) + change)
@@ -134,6 +136,7 @@ def _add_product(
     terms: Terms,
     weight: float,
     training: bool,
+    seed: int | None,
 ) -> Tensor:
     """Return ``out + weight * (W' - W) x``."""
     assert terms.A is not None
@@ -141,7 +144,7 @@ def _add_product(
     dtype = base_out.dtype
     A, B = terms.A.to(dtype), terms.B.to(dtype)
     p = terms.dropout if training else 0.0
-    h = ops.dropped_down(layer, x, A, base_out, p) if p > 0.0 else ops.down(layer, x, A, base_out)
+    h = ops.dropped_down(layer, x, A, base_out, p, seed) if p > 0.0 else ops.down(layer, x, A, base_out)
     if terms.rank_gain is not None:
         h = h * ops.rankwise(layer, terms.rank_gain.to(dtype))
     if terms.out_gain is not None:

@@ -19,8 +19,10 @@ class Blank(Init):
     def draw(
         self, site: Site, rank: int, scale: float, generator: torch.Generator, seen: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Return zeros."""
-        return torch.zeros(*site.stack, rank, site.d_in), torch.zeros(*site.stack, site.d_out, rank)
+        """Return zeros, on the site's device at once."""
+        device = site.ops.weight(site.layer).device
+        A = torch.zeros(*site.stack, rank, site.d_in, device=device)
+        return A, torch.zeros(*site.stack, site.d_out, rank, device=device)
 
 
 class BlankShifted(Blank):

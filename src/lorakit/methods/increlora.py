@@ -170,10 +170,8 @@ class IncreLoRARule(ComponentsRule):
         self._gain.clear()
         for update in self.layers.values():
             update.reserve = nn.ModuleList()
-        self._remarks.append(
-            f"IncreLoRA: {self.start:,} components have grown to {self.count():,} in {len(self.grown):,} choices; "
-            f"{self.ranks()}."
-        )
+        grown = f"{self.count() - sum(count for _, count in self.grown):,} components have grown to {self.count():,}"
+        self._remarks.append(f"IncreLoRA: {grown} in {len(self.grown):,} choices; {self.ranks()}.")
 
     def state(self) -> dict[str, Tensor]:
         """Return components, their births and scores, and the generator."""
@@ -260,13 +258,11 @@ class IncreLoRARule(ComponentsRule):
     def _grow(self, step: int, share: int) -> int:
         """Let the best components in reserve count that a share of the budget pays for; return their number."""
         gains, added = self.scores(), 0
-        reserves = [(path, block) for path, update in self.layers.items() for block in update.reserved()]
-        for path, block in sorted(reserves, key=lambda found: -gains.get(found[1], 0.0)):
+        reserves = [(path, update, block) for path, update in self.layers.items() for block in update.reserved()]
+        for path, update, block in sorted(reserves, key=lambda found: -gains.get(found[2], 0.0)):
             if self.prices[path] > share:
                 continue
-            share -= self.prices[path]
-            added += 1
-            update = self.layers[path]
+            share, added = share - self.prices[path], added + 1
             block.E = nn.Parameter(torch.zeros(*update.stack, 1, device=block.A.device, dtype=block.A.dtype))
             self._be_born(block.E, step)
             self._gain.pop(block, None)

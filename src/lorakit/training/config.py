@@ -51,6 +51,7 @@ class TrainConfig(Settings):
         save_every: steps between two checkpoints; None saves after each evaluation and every ten minutes.
         keep: how many of the last checkpoints are kept, beside the best: with two, a damaged one has one before it.
         patience: end the run after so many evaluations without a better one; None goes on to the end.
+        packing: several examples in one sequence, none of which sees another: 'on', 'off', or 'auto' where it pays.
         grad_checkpointing: save memory by computing activations twice.
         compile: run the model through ``torch.compile``.
         validation: a file of rows to validate on, or the share of the rows to split off.
@@ -90,6 +91,7 @@ class TrainConfig(Settings):
     save_every: Count | None = None
     keep: Count = 2
     patience: Count | None = None
+    packing: Literal["auto", "on", "off"] = "auto"
     grad_checkpointing: bool = False
     compile: bool = False
     validation: Annotated[float, Field(gt=0, lt=1)] | str = 0.1
@@ -107,6 +109,12 @@ class TrainConfig(Settings):
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        """Take YAML's bare ``on`` and ``off``, which are truth values there."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("task", mode="after")
     @classmethod

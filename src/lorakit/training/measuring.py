@@ -17,6 +17,7 @@ from lorakit.training.loop import Measure
 from lorakit.training.memory import peak_bytes
 from lorakit.training.mode import training_mode
 from lorakit.training.observe import Observer
+from lorakit.training.packing import batching_of
 from lorakit.training.plan import Outcome
 from lorakit.training.prepare import Prepared
 from lorakit.training.proof import Reference, prove
@@ -68,7 +69,8 @@ def _longest_step(prepared: Prepared, micro_batch: int) -> tuple[Callable[[], Te
     longest = sorted(prepared.train, key=lambda row: -task.size(row))[:micro_batch]
     device = next(model.parameters()).device
     collate = prepared.spec.collator(prepared.base.tokenizer)
-    batch = {k: v.to(device) for k, v in collate(longest).items()}
+    batching = batching_of(collate, prepared.recipe.packing, model)
+    batch = {k: v.to(device) for k, v in batching(longest).items()}
     shortcuts = task.shortcuts(model, collate, longest)
     units = max(1, sum(task.units(row) for row in longest))
 

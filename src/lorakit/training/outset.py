@@ -19,6 +19,7 @@ from lorakit.training.data.encode import EncodedRow
 from lorakit.training.diagnosis import broken_base
 from lorakit.training.measuring import step_memory
 from lorakit.training.observe import Observer
+from lorakit.training.packing import tried
 from lorakit.training.prepare import Prepared
 from lorakit.training.recipe import say_ranks
 from lorakit.training.start import Start
@@ -42,6 +43,22 @@ def attached(prepared: Prepared, config: TrainConfig, name: str) -> Handle:
     if isinstance(prepared.method, LoRA) and prepared.method.rank == "auto":
         say_ranks(prepared.recipe, prepared.method, handle.entry(name).method, handle.updates(name))
     return handle
+
+
+def tried_packing(prepared: Prepared, handle: Handle, name: str) -> str:
+    """Return 'on' or 'off': whether examples are packed. Where they see one another in this model, they are not."""
+    recipe, padded = prepared.recipe, prepared.spec.collator(prepared.base.tokenizer)
+    if not recipe.packing:
+        return "off"
+    parameters = list(handle.parameters(name).values())
+    trial = tried(prepared.base.model, prepared.spec.kind, padded, prepared.train, parameters)
+    if trial.holds:
+        return "on"
+    recipe.packing = False
+    recipe.choices = [choice for choice in recipe.choices if choice.name != "packing"]
+    recipe.say("packing", "off", f"in {trial.model} examples of one sequence see one another")
+    prepared.notes.append(str(trial))
+    return "off"
 
 
 def calibration_of(prepared: Prepared, config: TrainConfig) -> Calibration:

@@ -25,6 +25,7 @@ class Plan:
         eval_every: steps between two evaluations; None measures at the end of each epoch.
         save_every: steps between two checkpoints; None saves after each evaluation and every ten minutes.
         patience: evaluations without a better one after which the run ends; None for none.
+        packing: several examples make one sequence, see ``lorakit.training.packing``.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them.
         compile: compile the model with ``torch.compile``.
         halve_micro_at: the step from which ``micro_batch`` is half of it, because memory ran out there before.
@@ -45,6 +46,7 @@ class Plan:
     eval_every: int | None = None
     save_every: int | None = None
     patience: int | None = None
+    packing: bool = False
     grad_checkpointing: bool = False
     compile: bool = False
     halve_micro_at: int | None = None

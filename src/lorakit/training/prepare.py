@@ -14,6 +14,7 @@ from torch import nn
 from lorakit.adapters import handle_of
 from lorakit.bases import DTYPES, Base, context_length, load_base
 from lorakit.bases.header import read_header
+from lorakit.bases.outline import stored_dtype
 from lorakit.bases.source import check_folder, config_values, local_folder
 from lorakit.bases.tokenizer import ensure_padding, load_tokenizer
 from lorakit.bases.vocabulary import add_tokens
@@ -105,6 +106,7 @@ def prepare(
     count = sum(parameter.numel() for parameter in base.model.parameters())
     recipes.choose_steps(config, recipe, task.usual, len(encoded.rows), width, count)
     fit_micro_batch(config, recipe, base, spec, method, encoded.rows)
+    recipes.choose_packing(config, recipe, spec.kind, base.model.config, [row.length for row in encoded.rows])
     notes = [*encoded.notes, *encoded_held.notes]
     far = rate_far_off(recipe.lr, recipe.usual_lr)
     notes += [far.text] if far is not None else []
@@ -186,12 +188,10 @@ def the_base(
     folder = local_folder(str(model))
     if config.add_tokens:  # before the weights are loaded
         add_tokens(load_tokenizer(str(folder or model), config.revision, config.trust_remote_code), config.add_tokens)
-    count = (
-        sum(tensor.num_elements for tensor in read_header(folder))
-        if folder is not None and _has_weights(folder)
-        else None
-    )
-    recipes.choose_dtype(config, recipe, count, machine_bytes())
+    tensors = read_header(folder) if folder is not None and _has_weights(folder) else None
+    count = None if tensors is None else sum(tensor.num_elements for tensor in tensors)
+    stored = None if tensors is None else stored_dtype(tensors)
+    recipes.choose_dtype(config, recipe, count, machine_bytes(), stored)
     return load_base(
         str(folder) if folder is not None else str(model),
         task.name,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,9 +15,14 @@ from lorakit.methods.lora import LoRA, LowRankUpdate
 from lorakit.records import Choice
 from lorakit.training.config import SHORTHANDS, TrainConfig
 from lorakit.training.optimizers import LARGER_RATE
+from lorakit.training.packing import PackingCollator, decided, obstacle, positions_of, takes_lengths
 from lorakit.training.plan import Plan
+from lorakit.training.processor import bf16_unit, cores, in_words
 from lorakit.training.schedule import Schedule
-from lorakit.training.tasks import Usual
+from lorakit.training.tasks import Task, Usual
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LEARNING_RATE = 1e-3
 REFERENCE_WIDTH = 512
@@ -40,6 +46,7 @@ class Recipe:
     micro_batch: int = 0
     epochs: float = 0.0
     num_steps: int = 0
+    packing: bool = False
     lr: float = 0.0
     usual_lr: float = 0.0
     eval_every: int = 0
@@ -60,11 +67,28 @@ def choose_device(config: TrainConfig, recipe: Recipe) -> None:
         recipe.say("device", recipe.device, torch.cuda.get_device_name())
     else:
         recipe.device = "cpu"
-        recipe.say("device", recipe.device, f"no GPU here; {torch.get_num_threads()} threads")
+        recipe.say("device", recipe.device, f"no GPU here; {in_words(torch.get_num_threads(), cores())}")
 
 
-def choose_dtype(config: TrainConfig, recipe: Recipe, num_parameters: int | None, memory_bytes: int | None) -> None:
-    """Decide the dtype of the base: fp32 on a CPU where it fits, bf16 on a GPU that has it."""
+def choose_dtype(
+    config: TrainConfig,
+    recipe: Recipe,
+    num_parameters: int | None,
+    memory_bytes: int | None,
+    stored: str | None = None,
+) -> None:
+    """Decide the dtype of the base: bf16 on a GPU that has it; on a CPU fp32 where it fits.
+
+    A checkpoint that is stored in bf16 stays in it on a CPU that multiplies bf16 faster: no number of it is rounded
+    for that. One that is stored in more is not rounded for speed.
+
+    Args:
+        config: what was asked for.
+        recipe: where the choice is noted.
+        num_parameters: of the base, None where it is not known.
+        memory_bytes: of the machine, None where it is not known.
+        stored: the dtype most of the checkpoint's numbers have ('bf16'), None where it is not known.
+    """
     if config.dtype != "auto":
         recipe.dtype = config.dtype
         recipe.say("dtype", recipe.dtype, "as asked")
@@ -74,9 +98,13 @@ def choose_dtype(config: TrainConfig, recipe: Recipe, num_parameters: int | None
     elif num_parameters is not None and memory_bytes is not None and 4 * num_parameters > memory_bytes // 2:
         recipe.dtype = "bf16"
         recipe.say("dtype", "bf16", "fp32 weights would take more than half of the memory")
+    elif stored == "bf16" and recipe.device == "cpu" and (unit := bf16_unit()) is not None:
+        recipe.dtype = "bf16"
+        recipe.say("dtype", "bf16", f"what the checkpoint is stored in; the processor multiplies it fast ({unit})")
     else:
         recipe.dtype = "fp32"
-        recipe.say("dtype", "fp32", "fastest and most exact on a CPU")
+        slow = stored == "bf16"
+        recipe.say("dtype", "fp32", "faster than bf16 on this CPU" if slow else "most exact; nothing is rounded")
 
 
 def choose_length(config: TrainConfig, recipe: Recipe, usual: Usual, context: int) -> None:
@@ -174,6 +202,23 @@ def _choose_batch(config: TrainConfig, recipe: Recipe, usual: Usual, num_rows: i
             recipe.say("micro_batch", recipe.micro_batch, f"the model has {num_parameters / 1e9:.1f} G parameters")
 
 
+def choose_packing(
+    config: TrainConfig, recipe: Recipe, task: Task, model_config: PretrainedConfig, lengths: Sequence[int]
+) -> None:
+    """Decide whether the rows of a micro-batch, with so many tokens each, share sequences.
+
+    Raises:
+        ConfigError: see :func:`lorakit.training.packing.decided`.
+    """
+    found = None
+    if config.packing != "off" and obstacle(task, model_config) is None and lengths:
+        collate = PackingCollator(task.collator(0), takes_lengths(model_config))
+        found = positions_of(lengths, recipe.batch_size, recipe.micro_batch, config.seed, collate)
+    recipe.packing, reason = decided(config.packing, task, model_config, recipe.device, config.compile, found)
+    if recipe.packing or config.packing != "auto":
+        recipe.say("packing", "on" if recipe.packing else "off", reason)
+
+
 def say_method(config: TrainConfig, recipe: Recipe, method: Method, targets: list[str], coverage: str) -> None:
     """Note what the adapter is and where it acts."""
     fields = method.summary()
@@ -222,6 +267,7 @@ def plan_of(config: TrainConfig, recipe: Recipe) -> Plan:
         eval_every=recipe.eval_every,
         save_every=config.save_every,
         patience=config.patience,
+        packing=recipe.packing,
         grad_checkpointing=config.grad_checkpointing,
         compile=config.compile,
         halve_micro_at=config.halve_micro_at,

@@ -31,6 +31,7 @@ def resolved(config: TrainConfig, prepared: Prepared, model: Any, rows: Any) -> 
         lr=recipe.lr,
         batch_size=recipe.batch_size,
         micro_batch=recipe.micro_batch,
+        packing="on" if recipe.packing else "off",
         eval_every=recipe.eval_every,
         max_length=recipe.max_length,
         dtype=recipe.dtype,

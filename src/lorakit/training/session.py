@@ -24,7 +24,7 @@ from lorakit.training.keeping import FolderKeeper
 from lorakit.training.loop import train
 from lorakit.training.measuring import summarised, validation
 from lorakit.training.observe import Observer
-from lorakit.training.outset import attached, measured, memory_or_half, place_of
+from lorakit.training.outset import attached, measured, memory_or_half, place_of, tried_packing
 from lorakit.training.plan import Outcome
 from lorakit.training.prepare import Prepared
 from lorakit.training.processes import Processes
@@ -132,6 +132,7 @@ class Session:
                 list(handle.entry(ADAPTER).targets),
                 str(handle.coverage(ADAPTER)),
             )
+            settings["packing"] = tried_packing(self.prepared, handle, ADAPTER)
             start, snapshot = started(handle)
             return self._trained(settings, handle, reference, start, snapshot)
         except BaseException:  # a model that was given is what it was

@@ -20,11 +20,13 @@ from lorakit.training import diagnosis
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.optimizers import load_state_tensors, optimizer_for, state_tensors
+from lorakit.training.packing import batching_of
 from lorakit.training.plan import Plan
 from lorakit.training.processes import Processes
 from lorakit.training.randomness import Randomness
 from lorakit.training.tasks import Task
 from lorakit.training.tasks.shortcuts import NONE, Shortcuts, explained
+from lorakit.training.trial import show_readers
 
 ALONE = Processes()
 
@@ -58,14 +60,12 @@ class Stepper:
         told: Callable[[str, str], None] = lambda name, text: None,
     ) -> None:
         self.plan, self.task, self.collate, self.processes, self.told = plan, task, collate, processes, told
-        self.handle, self.name = handle, name
+        self.handle, self.name, self.batching = handle, name, batching_of(collate, plan.packing, handle.model)
         self.rule = handle.entry(name).method.rule(handle.updates(name), plan.num_steps)
         self.named = handle.parameters(name)
         self.parameters = list(self.named.values())
         self.device = next(handle.model.parameters()).device
-        self.model: nn.Module = handle.model
-        if plan.compile:
-            self.model = torch.compile(handle.model)  # type: ignore[assignment]
+        self.model: nn.Module = torch.compile(handle.model) if plan.compile else handle.model  # type: ignore[assignment]
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.dtype == "fp16")
         self.count = 0
@@ -100,6 +100,7 @@ class Stepper:
                 self.told("memory", text)
         if self.shortcuts is None:
             self._take_shortcuts(rows)
+            show_readers(self.handle, self.task, self.collate, rows, self.parameters)
         before = Randomness.now(self.device)
         total, problem = self._tried(rows)
         while self._anywhere(problem is not None):
@@ -138,9 +139,10 @@ class Stepper:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the optimizer and the method remember: copies on the CPU."""
-        own = self.rule.state()
         found = {f"optimizer/{key}": tensor for key, tensor in state_tensors(self.optimizer, self.named).items()}
-        return found | {f"method/{key}": tensor.detach().to("cpu", copy=True) for key, tensor in own.items()}
+        return found | {
+            f"method/{key}": tensor.detach().to("cpu", copy=True) for key, tensor in self.rule.state().items()
+        }
 
     def load(self, count: int, micro_batch: int, halved: bool, tensors: Mapping[str, Tensor], scaler: Any) -> None:
         """Go on from ``count`` steps with what :meth:`tensors` returned and the scaler's numbers."""
@@ -189,7 +191,7 @@ class Stepper:
         parts = self.processes.share([rows[start : start + size] for start in range(0, len(rows), size)])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
-            batch = {key: value.to(self.device) for key, value in self.collate(part).items()}
+            batch = {key: value.to(self.device) for key, value in self.batching(part).items()}
             loss = self.task.loss(self.model, batch, self.shortcuts or NONE) / units
             if not loss.requires_grad:
                 raise TrainingError(diagnosis.unreached().text)

@@ -138,9 +138,9 @@ def plan_costs(
     free = cards[0] if cards else free_bytes(torch.device(recipe.device))
     if config.micro_batch is None and free is not None:
         recipe.micro_batch, _ = fitting_micro_batch(setup, longest, recipe.batch_size, free)
+    recipes.choose_packing(config, recipe, about.spec.kind, where.config, [row.length for row in about.rows])
     setup = replace(setup, plan=replace(plan_of(config, recipe), compile=False))
     columns = columns_of(setup, longest[: recipe.micro_batch], base)
-    accumulation = -(-recipe.batch_size // recipe.micro_batch)
     measured = _probed(where, about, setup, recipe, columns[2], config) if probing else None
     seconds, reason = _time(about, recipe, columns[2], measured)
     return CostPlan(
@@ -151,7 +151,7 @@ def plan_costs(
         device=recipe.device,
         batch_size=recipe.batch_size,
         micro_batch=recipe.micro_batch,
-        accumulation=accumulation,
+        accumulation=-(-recipe.batch_size // recipe.micro_batch),
         longest=about.spec.kind.size(longest[0]),
         tokens=sum(len(row.input_ids) for row in about.rows),
         epochs=recipe.epochs,
@@ -205,7 +205,7 @@ def _decided(
         setup = replace(setup, attaching=config.attaching(heads))
         recipe.say("vocabulary", *said(about.new, config))
     recipes.choose_device(config, recipe)
-    recipes.choose_dtype(config, recipe, base.num_parameters, machine_bytes())
+    recipes.choose_dtype(config, recipe, base.num_parameters, machine_bytes(), where.stored())
     dtype = DTYPES.get(recipe.dtype) or getattr(model_config, "dtype", None) or torch.float32
     return recipe, replace(setup, dtype=dtype), base
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lorakit.adapters import attach
+from lorakit.adapters.branches import Active
 from lorakit.adapters.capture import shared_of
 from lorakit.errors import ModelError
 from lorakit.methods import Method, Update
@@ -26,9 +27,11 @@ from lorakit.training.costs.parts import Ledger, Memory, Peaks
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.mode import training_mode
+from lorakit.training.packing import PackingCollator
 from lorakit.training.plan import Plan
 from lorakit.training.spec import TaskSpec
 from lorakit.training.stepper import Stepper
+from lorakit.training.trial import show_readers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -111,7 +114,8 @@ def simulate(setup: Setup, rows: Sequence[EncodedRow]) -> Cost:
     task = setup.spec.kind
     ledger = SimulatedStep(sum(task.units(row) for row in rows), _outputs(setup, len(rows)))
     try:
-        with warnings.catch_warnings(), _one_text_a_row(), FakeTensorMode(allow_non_fake_inputs=True):
+        several = _packs(setup, rows)
+        with warnings.catch_warnings(), _texts_of_a_row(several), FakeTensorMode(allow_non_fake_inputs=True):
             # Copying a module asks for the addresses of its tensors, which are none here.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             model = build(setup)
@@ -201,9 +205,14 @@ def _step(setup: Setup, model: nn.Module, rows: Sequence[EncodedRow], ledger: Si
     accumulates = setup.plan.batch_size > len(rows)
     plan = replace(setup.plan, micro_batch=len(rows), compile=False)
     ledger.label = "activations"
-    collator = setup.spec.kind.collator(setup.pad_token_id)
-    stepper = Stepper(handle, ADAPTER, setup.spec.kind, _collate(collator), plan)
+    padded = setup.spec.kind.collator(setup.pad_token_id)
+    stepper = Stepper(handle, ADAPTER, setup.spec.kind, padded, plan)
+    batching: Any = _collate(PackingCollator(padded) if plan.packing else padded)
+    stepper.batching = batching
     stepper.shortcuts = stepper.task.possible_shortcuts(model)  # they cannot be tried without values
+    flops = ledger.flops
+    show_readers(handle, stepper.task, padded, rows, stepper.parameters)
+    ledger.flops = flops  # not the step's
     num_done = 0
 
     def arrived(parameter: Tensor) -> None:
@@ -263,19 +272,25 @@ def in_training_mode(model: Any, plan: Plan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_text_a_row() -> Iterator[None]:
+def _texts_of_a_row(several: bool) -> Iterator[None]:
     """Answer what transformers reads off the positions where there is no mask: whether several texts share a row."""
     from transformers import masking_utils
 
     asked = "find_packed_sequence_indices"
     original = getattr(masking_utils, asked, None)  # older versions do not ask
     if original is not None:
-        setattr(masking_utils, asked, lambda position_ids: None)
+        setattr(masking_utils, asked, torch.zeros_like if several else lambda position_ids: None)
     try:
         yield
     finally:
         if original is not None:
             setattr(masking_utils, asked, original)
+
+
+def _packs(setup: Setup, rows: Sequence[EncodedRow]) -> bool:
+    """Tell whether the rows of the micro-batch share sequences."""
+    padded = setup.spec.kind.collator(setup.pad_token_id)
+    return setup.plan.packing and PackingCollator(padded).filled([len(row.input_ids) for row in rows]) is not None
 
 
 class InPlace:
@@ -284,6 +299,7 @@ class InPlace:
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(True)
         self.method = _no_updates()
+        self.active = Active()
 
     def entry(self, name: str) -> InPlace:
         """Return what says the method."""
@@ -304,13 +320,13 @@ def _no_updates() -> Method:
     return Full()
 
 
-def _collate(collator: Collator) -> Any:
+def _collate(collator: Collator | PackingCollator) -> Any:
     """Leave the mask of a batch without padding away: transformers does so, but only where there are values."""
 
     def collate(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         batch = collator(rows)
         if all(len(row.input_ids) == batch["input_ids"].shape[1] for row in rows):
-            del batch["attention_mask"]
+            batch.pop("attention_mask", None)
         return batch
 
     return collate

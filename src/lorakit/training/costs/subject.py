@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.bases import DTYPES
+from lorakit.bases.header import read_header
+from lorakit.bases.outline import stored_dtype
 from lorakit.bases.source import load_config, local_folder, model_kind
 from lorakit.bases.tokenizer import NO_LIMIT, load_tokenizer
 from lorakit.bases.vocabulary import NewTokens
@@ -40,6 +43,15 @@ class Named:
     source: str
     config: PretrainedConfig
     has_weights: bool
+
+    def stored(self) -> str | None:
+        """Return the dtype most of its numbers are stored in by its files, else by its config; None if neither says."""
+        folder = local_folder(self.source) if self.has_weights else None
+        if folder is not None:
+            return stored_dtype(read_header(folder))
+        words = {value: word for word, value in DTYPES.items()}
+        named = getattr(self.config, "dtype", None)
+        return None if named is None else words.get(named)
 
     def tokenizer(self, config: TrainConfig) -> PreTrainedTokenizerBase:
         """Return its tokenizer.

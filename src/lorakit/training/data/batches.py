@@ -40,7 +40,7 @@ class Collator:
             rows have them.
         """
         ids = [row.input_ids for row in rows]
-        width = self._width(ids)
+        width = self.width(max(len(row) for row in ids))
         batch = {
             "input_ids": _padded(ids, width, self.pad_token_id),
             "attention_mask": _padded([[1] * len(row) for row in ids], width, 0),
@@ -50,14 +50,14 @@ class Collator:
             batch["token_type_ids"] = _padded(types, width, 0)
         sequences = [row.labels for row in rows if isinstance(row.labels, list)]
         if sequences:
-            label_width = self._width(sequences) if self.encoder_decoder else width
+            label_width = self.width(max(len(row) for row in sequences)) if self.encoder_decoder else width
             batch["labels"] = _padded(sequences, label_width, IGNORED)
         else:
             batch["labels"] = torch.tensor([row.labels for row in rows])
         return batch
 
-    def _width(self, sequences: Sequence[Sequence[int]]) -> int:
-        longest = max(len(sequence) for sequence in sequences)
+    def width(self, longest: int) -> int:
+        """Return the width of a batch whose longest row has so many tokens."""
         width = -(-longest // self.pad_to) * self.pad_to
         return width if self.max_length is None else max(longest, min(width, self.max_length))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,19 +38,28 @@ class Labelled(Task):
         """Return the cross-entropy, see :class:`Task`."""
         return summed_cross_entropy(*self.predictions(model, batch, shortcuts))
 
+    def measured(
+        self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed cross-entropy, the true labels and the likeliest ones, ``[units]`` both."""
+        logits, truth = self.predictions(model, batch, shortcuts)
+        return summed_cross_entropy(logits, truth), truth, logits.argmax(-1)
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, rows: Sequence[EncodedRow], collate: Collator) -> Evaluation:
         """Measure, see :class:`Task`."""
         total = 0.0
         truths, guesses = [], []
         device = next(model.parameters()).device
+        # With its mask the model computes what others are compared with.
+        shortcuts = replace(self.shortcuts(model, collate, rows), without_mask=False)
         with evaluating(model):
             for numbers in bounded_batches(rows):
                 batch = {key: value.to(device) for key, value in collate([rows[i] for i in numbers]).items()}
-                logits, truth = self.predictions(model, batch)
-                total += float(summed_cross_entropy(logits, truth))
+                loss, truth, predicted = self.measured(model, batch, shortcuts)
+                total += float(loss)
                 truths.append(truth.cpu())
-                guesses.append(logits.argmax(-1).cpu())
+                guesses.append(predicted.cpu())
         truth, predicted = torch.cat(truths), torch.cat(guesses)
         return self.scored(total / max(len(truth), 1), len(rows), truth, predicted)
 

@@ -16,13 +16,27 @@ from torch.nn import functional
 from lorakit.bases import model_kind
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.errors import ModelError
+from lorakit.kernels import fast
+from lorakit.kernels.head_loss import IDENTITY, Curve, head_guesses, head_loss
 from lorakit.records import Evaluation
 from lorakit.text.generate import evaluating, generate
 from lorakit.text.supervise import prompt_tokens, source_text, source_tokens
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import IGNORED, EncodedRow
+from lorakit.training.tasks.cross_entropy import summed_cross_entropy
 from lorakit.training.tasks.labelled import Labelled, logits_of, unwrapped
-from lorakit.training.tasks.shortcuts import NONE, Shortcuts, alike, head_at, head_of
+from lorakit.training.tasks.shortcuts import (
+    NONE,
+    Shortcuts,
+    alike,
+    before_head,
+    curve_of,
+    frozen_head,
+    head_at,
+    head_of,
+    rows_at,
+    same_loss,
+)
 from lorakit.training.tasks.task import Usual
 
 if TYPE_CHECKING:
@@ -62,36 +76,67 @@ class Writing(Labelled):
             inputs["use_cache"] = False  # keys and values are kept for writing on, which nobody does here
         return logits_of(model, inputs, 3, "one score per word at every position")
 
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE) -> Tensor:
+        """Return the cross-entropy, see :class:`Task`."""
+        found, truth, head = self._at_head(model, batch, shortcuts)
+        if head is None:
+            return summed_cross_entropy(found, truth)
+        return head_loss(found, head.weight, head.bias, truth, shortcuts.curve or IDENTITY)
+
+    def measured(
+        self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, the true and the likeliest words, see :class:`Labelled`."""
+        found, truth, head = self._at_head(model, batch, shortcuts)
+        if head is None:
+            return summed_cross_entropy(found, truth), truth, found.argmax(-1)
+        loss, guesses = head_guesses(found, head.weight, head.bias, truth, shortcuts.curve or IDENTITY)
+        return loss, truth, guesses
+
     def predictions(
         self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts = NONE
     ) -> tuple[Tensor, Tensor]:
         """Return the logits of all supervised tokens; a decoder's at one position predict the next token."""
-        labels = batch["labels"]
-        if not _is_encoder_decoder(model):
-            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        supervised = labels != IGNORED
+        found, truth, _ = self._at_head(model, batch, replace(shortcuts, curve=None))
+        return found, truth
+
+    def _at_head(
+        self, model: nn.Module, batch: dict[str, Tensor], shortcuts: Shortcuts
+    ) -> tuple[Tensor, Tensor, nn.Linear | None]:
+        """Return what the head is for: hidden states ``[N, width]`` before it, the true words, and the head.
+
+        Where the model has run its head itself: the logits ``[N, words]``, the true words, and None.
+        """
+        labels, places = _supervised(model, batch)
+        shape = (labels.shape[0], labels.shape[1])
+        truth = labels.flatten().index_select(0, places)
         inputs = {k: v for k, v in batch.items() if not (k == "attention_mask" and shortcuts.without_mask)}
+        head = frozen_head(model) if shortcuts.curve is not None and fast() else None
+        if head is not None:
+            with before_head(head, places, shape) as hidden:
+                logits = self.outputs(model, inputs)
+            return (hidden[0], truth, head) if hidden else (rows_at(logits, places), truth, None)
         if not shortcuts.supervised_only:
-            return self.outputs(model, inputs)[supervised], labels[supervised]
-        places = torch.arange(labels.numel(), device=labels.device)[supervised.flatten()]
-        with head_at(model, places, (labels.shape[0], labels.shape[1])):
+            return rows_at(self.outputs(model, inputs), places), truth, None
+        with head_at(model, places, shape):
             logits = self.outputs(model, inputs)
         gathered = logits.shape[:2] == (1, len(places))
-        return logits[0] if gathered else logits[supervised], labels[supervised]
+        return logits[0] if gathered else rows_at(logits, places), truth, None
 
     def possible_shortcuts(self, model: nn.Module) -> Shortcuts:
         """Take a head that the model names; a mask is left out for decoders, whose tokens see what is before them.
 
-        A compiled model gets neither: the number of positions would be another in every step, and without values
+        A compiled model gets none: the number of positions would be another in every step, and without values
         transformers makes a mask of its own.
         """
         if unwrapped(model) is not model:
             return NONE
-        return Shortcuts(head_of(model) is not None, not _is_encoder_decoder(model))
+        curve = IDENTITY if fast() and frozen_head(model) is not None else None
+        return Shortcuts(head_of(model) is not None, not _is_encoder_decoder(model), curve)
 
     @torch.no_grad()
     def shortcuts(self, model: nn.Module, collate: Collator, rows: Sequence[EncodedRow]) -> Shortcuts:
-        """Compare the logits of two short rows, one padded, with those of the whole computation."""
+        """Compare the logits of two short rows, one padded, with those of the whole computation; and the loss."""
         possible = self.possible_shortcuts(model)
         if possible == NONE:
             return NONE
@@ -112,7 +157,23 @@ class Writing(Labelled):
                 ids = batch["input_ids"]
                 other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 1, ids, ids[0, 0])}
                 without_mask = torch.equal(first, self.predictions(model, other, Shortcuts(without_mask=True))[0])
-        return Shortcuts(supervised_only, without_mask)
+            curve = self._curve(model, batch) if supervised_only and possible.curve is not None else None
+        return Shortcuts(supervised_only, without_mask, curve)
+
+    def _curve(self, model: nn.Module, batch: dict[str, Tensor]) -> Curve | None:
+        """Return what the model makes of its head's scores, if loss and gradient without them are the model's own."""
+        head, (labels, places) = frozen_head(model), _supervised(model, batch)
+        shape = (labels.shape[0], labels.shape[1])
+        assert head is not None
+
+        def run() -> Tensor:
+            return self.outputs(model, batch)
+
+        curve = curve_of(head, places, shape, run)
+        if curve is None:
+            return None
+        hidden, truth, taken = self._at_head(model, batch, Shortcuts(curve=curve))
+        return curve if taken is not None and same_loss(head, curve, hidden, truth, shape, run) else None
 
     def scored(self, loss: float, num_rows: int, truth: Tensor, predicted: Tensor) -> Evaluation:
         """Return perplexity and the share of tokens predicted exactly."""
@@ -147,6 +208,14 @@ class Writing(Labelled):
 
     def _room(self) -> int:
         return max(1, min(NEW_TOKENS, self.spec.max_length // 2))
+
+
+def _supervised(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the word that each position is to predict, ``[B, T]``, and the supervised places of these, flattened."""
+    labels = batch["labels"]
+    if not _is_encoder_decoder(model):
+        labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return labels, torch.arange(labels.numel(), device=labels.device)[(labels != IGNORED).flatten()]
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

@@ -1,0 +1,267 @@
+"""Linear layers that read one input, with their low-rank updates, as one node of the graph.
+
+    H   = (x * mask) [A_1; ...; A_n]^T                      one pass over x for all layers
+    y_i = x W_i^T + b_i + c_i H_i B_i^T                     c_i = scale_i / (1 - p), added in place
+    gx  = sum_i gy_i W_i + (gH [A_1; ...; A_n]) * mask      one buffer, gH_i = c_i gy_i B_i
+    gA  = gH^T (x * mask),   gB_i = c_i gy_i^T H_i
+
+With a gain on the rows of base and update (DoRA) it is ``y_i = g_i * (x W_i^T + c_i H_i B_i^T) + b_i``, and the gain's
+gradient ``sum gy_i * (y_i - b_i) / g_i`` is taken from the output itself, which most models keep anyway.
+
+The order of products goes through the rank, so that no ``[d_out, d_in]`` gradient is formed (RunLoRA, arXiv
+2312.03415, compares the orders). What is kept for the backward pass is x, as it came and once, the ``[tokens, rank]``
+products, and the mask's seed; x is not kept where no A is trained (LoRA-FA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lorakit.kernels.dropout import mask
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One update of a linear layer.
+
+    Attributes:
+        A: ``[rank, d_in]``, B: ``[d_out, rank]``; any float dtype, rounded to the input's for the products.
+        scale: factor on ``B A``.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A frozen linear layer with its updates.
+
+    Attributes:
+        W: ``[d_out, d_in]``, in the input's dtype.
+        bias: ``[d_out]`` or None.
+        pairs: its updates; their ranks may differ.
+        gain: ``[d_out]`` factor on base and updates, without the bias, in the input's dtype; None for ones. The output
+            then must not be written to before the backward pass.
+    """
+
+    W: Tensor
+    bias: Tensor | None
+    pairs: Sequence[Pair]
+    gain: Tensor | None = None
+
+
+def adapted_linears(x: Tensor, layers: Sequence[Linear], p: float = 0.0, seed: int = 0) -> tuple[Tensor, ...]:
+    """Return every layer's output for one input.
+
+    Args:
+        x: ``[..., d_in]``.
+        layers: they all read ``x``.
+        p: probability with which the updates' input is dropped; the same entries for all.
+        seed: says which, see :func:`lorakit.kernels.dropout.mask`.
+
+    Returns:
+        ``[..., d_out]`` for each layer, in ``x``'s dtype.
+    """
+    tensors = [t for layer in layers for pair in layer.pairs for t in (pair.A, pair.B)]
+    frozen = [layer.W for layer in layers]
+    beside = [tensor for layer in layers for tensor in (layer.bias, layer.gain)]
+    plan = _Plan(
+        scales=tuple(tuple(pair.scale / (1.0 - p) for pair in layer.pairs) for layer in layers),
+        ranks=tuple(tuple(pair.A.shape[0] for pair in layer.pairs) for layer in layers),
+        p=p,
+        seed=seed,
+    )
+    found: tuple[Tensor, ...] = _Adapted.apply(plan, x, *frozen, *beside, *tensors)  # type: ignore[no-untyped-call]
+    return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    scales: tuple[tuple[float, ...], ...]
+    ranks: tuple[tuple[int, ...], ...]
+    p: float
+    seed: int
+
+    @property
+    def widths(self) -> list[int]:
+        """How many columns of H are each layer's."""
+        return [sum(ranks) for ranks in self.ranks]
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return the updates' input, but for the factor ``1 / (1 - p)``."""
+        return x * self.mask(x) if self.p > 0.0 else x
+
+    def mask(self, x: Tensor) -> Tensor:
+        return mask(x.shape, self.p, self.seed, x.dtype, x.device)
+
+
+class _Adapted(torch.autograd.Function):
+    """Its tensors: all W, bias and gain of each layer, A and B of each pair."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        n = len(plan.ranks)
+        weights, biases, gains = tensors[:n], tensors[n : 3 * n : 2], tensors[n + 1 : 3 * n : 2]
+        pairs = tensors[3 * n :]
+        rows = x.reshape(-1, x.shape[-1])
+        A = _joined(pairs[0::2], x.dtype)
+        ups = _ups(plan, pairs[1::2], x.dtype)
+        H = plan.dropped(rows) @ A.t().contiguous()
+        out = []
+        for W, bias, gain, h, up in zip(weights, biases, gains, torch.split(H, plan.widths, dim=1), ups, strict=True):
+            y = F.linear(x, W, bias if gain is None else None)
+            y.view(-1, y.shape[-1]).addmm_(h, up)
+            if gain is not None:
+                y.mul_(gain)
+                y = y if bias is None else y.add_(bias)
+            out.append(y)
+        needs = ctx.needs_input_grad[2 + 3 * n :]
+        ctx.plan, ctx.shape = plan, x.shape
+        ctx.dtypes = [tensor.dtype for tensor in pairs]
+        ctx.save_for_backward(
+            rows if any(needs[0::2]) or any(gain is not None for gain in gains) else None,
+            H if any(needs[1::2]) or any(gain is not None for gain in gains) else None,
+            A,
+            *ups,
+            *weights,
+            *[None if gain is None else bias for bias, gain in zip(biases, gains, strict=True)],
+            *gains,
+            *[None if gain is None else y for y, gain in zip(out, gains, strict=True)],
+        )
+        ctx.set_materialize_grads(False)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        n = len(ctx.plan.ranks)
+        rows, H, A, *rest = ctx.saved_tensors
+        layers = [_Layer(*rest[i::n]) for i in range(n)]
+        needs = ctx.needs_input_grad
+        found = _Gradients(ctx.plan, rows, H, A, needs[1], list(needs[2 + 3 * n :]))
+        for i, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
+            if grad is None:
+                found.skip(i)
+            else:
+                found.take(i, layer, grad.reshape(-1, grad.shape[-1]), needs[2 + n + 2 * i])
+        pairs = found.of_pairs()
+        typed = [None if g is None else g.to(dtype) for g, dtype in zip(pairs, ctx.dtypes, strict=True)]
+        gx = None if found.gx is None else found.gx.view(ctx.shape)
+        return None, gx, *[None] * n, *found.beside, *typed
+
+
+class _Layer(NamedTuple):
+    """What is kept of one layer; ``bias`` and ``out`` only beside a gain."""
+
+    up: Tensor
+    W: Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    out: Tensor | None
+
+
+class _Gradients:
+    """The gradients of one node, gathered layer by layer in as few buffers as they need."""
+
+    def __init__(
+        self, plan: _Plan, rows: Tensor | None, H: Tensor | None, A: Tensor, needs_x: bool, needs: list[bool]
+    ) -> None:
+        self.plan, self.rows, self.A, self.needs_x = plan, rows, A, needs_x
+        self.needs_A, self.needs_B = needs[0::2], needs[1::2]
+        self.parts = [None] * len(plan.ranks) if H is None else list(torch.split(H, plan.widths, dim=1))
+        self.gx: Tensor | None = None
+        self.low: list[Tensor | None] = []
+        self.beside: list[Tensor | None] = []
+        self.gBs: list[Tensor | None] = []
+
+    def skip(self, i: int) -> None:
+        """Take note that a layer's output was not used."""
+        self.low.append(None)
+        self.beside += [None, None]
+        self.gBs += [None] * len(self.plan.ranks[i])
+
+    def take(self, i: int, layer: _Layer, gy: Tensor, needs_bias: bool) -> None:
+        """Add what a layer's ``[tokens, d_out]`` gradient brings."""
+        ranks, scales, h = self.plan.ranks[i], self.plan.scales[i], self.parts[i]
+        self.beside += [gy.sum(dim=0) if needs_bias else None, self._of_gain(layer, gy, h)]
+        if layer.gain is not None:
+            gy = gy * layer.gain
+        if self.needs_x:
+            self.gx = gy @ layer.W if self.gx is None else self.gx.addmm_(gy, layer.W)
+        self.low.append(gy @ layer.up.t())
+        if h is None:
+            self.gBs += [None] * len(ranks)
+            return
+        both = torch.split(h.t() @ gy, list(ranks))
+        self.gBs += [part.t() * scale for part, scale in zip(both, scales, strict=True)]
+
+    def _of_gain(self, layer: _Layer, gy: Tensor, h: Tensor | None) -> Tensor | None:
+        """Return ``sum gy * u`` over the tokens, ``u = (out - bias) / gain`` what was multiplied by the gain.
+
+        Where a gain is exactly 0 its row of ``u`` is computed again.
+        """
+        if layer.gain is None or layer.out is None:
+            return None
+        wide = torch.promote_types(gy.dtype, torch.float32)
+        total = (gy * layer.out.reshape(gy.shape)).sum(dim=0, dtype=wide)
+        if layer.bias is not None:
+            total -= layer.bias.to(wide) * gy.sum(dim=0, dtype=wide)
+        zero = layer.gain == 0
+        found = total / layer.gain.to(wide).masked_fill(zero, 1.0)
+        if _is_real(zero) and bool(zero.any()):
+            assert self.rows is not None
+            assert h is not None
+            u = self.rows @ layer.W[zero].t() + h @ layer.up[:, zero]
+            found[zero] = (gy[:, zero] * u).sum(dim=0, dtype=wide)
+        return found.to(layer.gain.dtype)
+
+    def of_pairs(self) -> list[Tensor | None]:
+        """Return the gradients of A and B, in turn; adds to that of x what comes through A."""
+        gAs: list[Tensor | None] = [None] * len(self.needs_A)
+        kept = [g for g in self.low if g is not None]
+        if kept:
+            gH = torch.cat(
+                [_or_zeros(g, kept[0], width) for g, width in zip(self.low, self.plan.widths, strict=True)], dim=1
+            )
+            if self.gx is not None and self.plan.p == 0.0:
+                self.gx.addmm_(gH, self.A)
+            elif self.gx is not None:
+                self.gx.addcmul_(gH @ self.A, self.plan.mask(self.gx))
+            if self.rows is not None and any(self.needs_A):
+                gA = gH.t() @ self.plan.dropped(self.rows)
+                gAs = list(torch.split(gA, [rank for ranks in self.plan.ranks for rank in ranks]))
+        wanted = [need for both in zip(self.needs_A, self.needs_B, strict=True) for need in both]
+        given = [g for both in zip(gAs, self.gBs, strict=True) for g in both]
+        return [g if need else None for g, need in zip(given, wanted, strict=True)]
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Tell whether a tensor has numbers (a simulation's have only sizes)."""
+    return type(tensor) is Tensor and not tensor.is_meta
+
+
+def _joined(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return all A, one below the other, ``[ranks, d_in]``."""
+    return As[0].to(dtype) if len(As) == 1 else torch.cat([A.to(dtype) for A in As])
+
+
+def _ups(plan: _Plan, Bs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return ``c B^T`` of each layer, ``[ranks, d_out]``, contiguous: the layout that the products are fastest in."""
+    found, given = [], iter(Bs)
+    for scales in plan.scales:
+        scaled = [(next(given) * scale).to(dtype).t() for scale in scales]
+        found.append(scaled[0].contiguous() if len(scaled) == 1 else torch.cat(scaled))
+    return found
+
+
+def _or_zeros(found: Tensor | None, like: Tensor, width: int) -> Tensor:
+    return like.new_zeros(len(like), width) if found is None else found
