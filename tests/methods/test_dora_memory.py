@@ -12,9 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lorakit as lk
+from lorakit.kernels.dropout import _pool
 
 # Four standard errors of a mean over this many masks: a sound mean misses by chance once in some ten thousand numbers.
 MASKS, STANDARD_ERRORS = 1500, 4.5
+
+
+def pools() -> set[int]:
+    """Return where the process's pools of masks lie, which stay."""
+    return {_pool(0.5, dtype, "cpu").untyped_storage().data_ptr() for dtype in (torch.float32, torch.bfloat16)}
 
 
 class Allocations(TorchDispatchMode):
@@ -22,7 +28,7 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known} | pools()
         self.largest, self.by = 0, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

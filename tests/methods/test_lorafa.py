@@ -200,9 +200,8 @@ def test_lora_keeps_the_input_as_well() -> None:
     assert kept_beside_the_base("linear", LoRA(rank=RANK, alpha=5)) == TOKENS * (RANK + 12) * 4
 
 
-def test_dropout_keeps_its_mask() -> None:
-    extra = kept_beside_the_base("linear", METHOD.replaced(dropout=0.5)) - TOKENS * RANK * 4
-    assert extra >= TOKENS * 12  # a byte a number where torch has a fused dropout, four on a CPU
+def test_dropout_keeps_no_mask() -> None:
+    assert kept_beside_the_base("linear", METHOD.replaced(dropout=0.5)) == TOKENS * RANK * 4
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "milora"])

@@ -362,6 +362,7 @@ CHANGES: dict[str, Any] = {
     "patience": 3,
     "grad_checkpointing": True,
     "compile": True,
+    "packing": "off",
     "validation": "/data/held out.jsonl",
     "max_length": 64,
     "dtype": "bf16",

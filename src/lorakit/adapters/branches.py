@@ -20,6 +20,7 @@ from lorakit.adapters.readers import Readers
 from lorakit.adapters.routed import Together, add_together
 from lorakit.adapters.routing import Routing
 from lorakit.errors import RoutingError
+from lorakit.kernels.dropout import draw_seed
 from lorakit.layers import BranchOps, LayerOps, Terms, WeightOps, add_update
 from lorakit.layers.ops import host_class, with_positions
 from lorakit.methods import Selection, Update
@@ -141,8 +142,11 @@ class Branches(nn.Module):
                 return self._routed_by_weight(self.ops, routing, host, forward, args, kwargs)
             tensors = self._tensors(host, self._acting())
             return self.ops.run(host, forward, tensors, args, kwargs) if tensors else forward(*args, **kwargs)
-        if routing is None and (found := fast_output(self, host, args, kwargs)) is not None:
-            return found
+        if routing is None and not torch.compiler.is_compiling():
+            if isinstance(x := _input(args, kwargs), Tensor):
+                self.active.readers.enter(host, x)
+            if (found := fast_output(self, host, args, kwargs)) is not None:
+                return found
         base_out = forward(*args, **kwargs)
         if routing is not None:
             return self._routed(routing, host, base_out, args, kwargs)
@@ -151,6 +155,10 @@ class Branches(nn.Module):
             out = self._add(name, host, base_out, out, args, kwargs, weight)
         watch_output(self, host, out)
         return out
+
+    def _seed(self) -> int:
+        """Return a seed of dropout: the input's, or of rows that are routed, a new one."""
+        return self.active.readers.seed() if self.active.routing is None else draw_seed()
 
     def _add(
         self,
@@ -173,7 +181,7 @@ class Branches(nn.Module):
         for ops, update in branch.each():
             assert isinstance(ops, BranchOps)
             terms = update.terms(ops, host)
-            seed = self.active.readers.seed(x) if _draws(terms, update) else None
+            seed = self._seed() if _draws(terms, update) else None
             out = add_update(ops, host, x, base_out, out, terms, weight, update.training, seed)
         return out
 

@@ -45,11 +45,11 @@ def fast_output(branches: Branches, host: nn.Module, args: tuple[Any, ...], kwar
             found = None if branches is None else _adapted(branches, member, x)
             kept = found is not None and (found[0].gain is None or _can_use_output(member, readers))
             layers.append(found[0] if found is not None and kept and found[1] == p else None)
-        seed = readers.seed(x) if p > 0.0 else 0
+        seed = readers.seed() if p > 0.0 else 0
         outputs = iter(_computed(x, [layer for layer in layers if layer is not None], p, seed))
         return [None if layer is None else next(outputs) for layer in layers]
 
-    return readers.outputs(host, x, compute)
+    return readers.outputs(host, compute)
 
 
 def watch_output(branches: Branches, host: nn.Module, out: Any) -> None:

@@ -38,6 +38,7 @@ class Readers:
         self._seed: int | None = None
         self._leader: nn.Module | None = None
         self._used: dict[nn.Module, list[nn.Module]] = {}
+        self._called: set[nn.Module] = set()
         self._ready: dict[nn.Module, Tensor] = {}
         self._groups: dict[nn.Module, dict[nn.Module, int]] = {}
         self._alone: set[nn.Module] = set()
@@ -55,9 +56,21 @@ class Readers:
             group.update(dict.fromkeys(group, -1))
         self._left_as_it_is.update(dict.fromkeys(self._left_as_it_is, -1))
 
-    def seed(self, x: Tensor) -> int:
-        """Return the dropout seed of an input: the same for all that read it in one pass."""
-        self._see(x)
+    def enter(self, host: nn.Module, x: Tensor) -> None:
+        """Take note of a layer that is called, and its input: another one than before, or the same in another pass."""
+        version = -1 if x.is_inference() else x._version  # torch counts no writes in inference mode
+        is_same = self._input is not None and self._input() is x and self._version == version
+        if not is_same or host in self._called:
+            for member in self._ready:  # computed for nothing
+                self._leave(member)
+            self._ready.clear()
+            self._called.clear()
+            self._input, self._version = weakref.ref(x), version
+            self._seed, self._leader = None, None
+        self._called.add(host)
+
+    def seed(self) -> int:
+        """Return the dropout seed of the input at hand: the same for all that read it in one pass."""
         if self._seed is None:
             self._seed = draw_seed()
         return self._seed
@@ -83,16 +96,14 @@ class Readers:
 
         out.register_hook(check)  # type: ignore[no-untyped-call]
 
-    def outputs(self, host: nn.Module, x: Tensor, compute: Compute) -> Tensor:
-        """Return a layer's output: from what its group's first one has computed, or computed now.
+    def outputs(self, host: nn.Module, compute: Compute) -> Tensor:
+        """Return an entered layer's output: from what its group's first one has computed, or computed now.
 
         Args:
             host: the layer.
-            x: its input.
-            compute: called with layers that read ``x``, ``host`` first; returns an output for each, or None for one
-                that must compute for itself.
+            compute: called with layers that read its input, ``host`` first; returns an output for each, or None for
+                one that must compute for itself.
         """
-        self._see(x)
         ready = self._ready.pop(host, None)
         if ready is not None:
             return ready
@@ -100,7 +111,7 @@ class Readers:
         if self._leader is None:
             self._leader = host
             members += self._members(host)
-        elif self._leader is not host and host not in self._alone:
+        elif host not in self._alone:
             self._groups.setdefault(self._leader, {}).setdefault(host, optimizer_steps())
         found, *others = compute(members)
         assert found is not None
@@ -108,22 +119,15 @@ class Readers:
         return found
 
     def _members(self, host: nn.Module) -> list[nn.Module]:
-        """Return who else reads the first layer's input; in a recomputation, as it was in the forward pass."""
+        """Return who else reads the first layer's input; in a recomputation, as it was in the forward pass.
+
+        None without gradients: a loaded adapter is to give the bits of the trained one, whose groups are known.
+        """
         if torch._C._current_graph_task_id() == -1:
             learned, now = self._groups.get(host, {}), optimizer_steps()
-            self._used[host] = [member for member, step in learned.items() if step != now]
+            grad = torch.is_grad_enabled()
+            self._used[host] = [member for member, step in learned.items() if grad and step != now]
         return self._used.get(host, [])
-
-    def _see(self, x: Tensor) -> None:
-        """Take note of an input, if it is another than the one before."""
-        version = -1 if x.is_inference() else x._version  # torch counts no writes in inference mode
-        if self._input is not None and self._input() is x and self._version == version:
-            return
-        for member in self._ready:  # computed for nothing
-            self._leave(member)
-        self._ready.clear()
-        self._input, self._version = weakref.ref(x), version
-        self._seed, self._leader = None, None
 
     def _leave(self, host: nn.Module) -> None:
         self._alone.add(host)

@@ -125,13 +125,12 @@ class _Adapted(torch.autograd.Function):
                 y = y if bias is None else y.add_(bias)
             out.append(y)
         needs = ctx.needs_input_grad[2 + 3 * n :]
-        ctx.plan, ctx.shape = plan, x.shape
+        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         ctx.dtypes = [tensor.dtype for tensor in pairs]
         ctx.save_for_backward(
             rows if any(needs[0::2]) or any(gain is not None for gain in gains) else None,
             H if any(needs[1::2]) or any(gain is not None for gain in gains) else None,
-            A,
-            *ups,
+            *pairs,
             *weights,
             *[None if gain is None else bias for bias, gain in zip(biases, gains, strict=True)],
             *gains,
@@ -144,8 +143,11 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         n = len(ctx.plan.ranks)
-        rows, H, A, *rest = ctx.saved_tensors
-        layers = [_Layer(*rest[i::n]) for i in range(n)]
+        count = len(ctx.dtypes)
+        rows, H, *rest = ctx.saved_tensors
+        pairs, beside = rest[:count], rest[count:]
+        A, ups = _joined(pairs[0::2], ctx.dtype), _ups(ctx.plan, pairs[1::2], ctx.dtype)  # small: made again
+        layers = [_Layer(up, *beside[i::n]) for i, up in enumerate(ups)]
         needs = ctx.needs_input_grad
         found = _Gradients(ctx.plan, rows, H, A, needs[1], list(needs[2 + 3 * n :]))
         for i, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
@@ -153,8 +155,7 @@ class _Adapted(torch.autograd.Function):
                 found.skip(i)
             else:
                 found.take(i, layer, grad.reshape(-1, grad.shape[-1]), needs[2 + n + 2 * i])
-        pairs = found.of_pairs()
-        typed = [None if g is None else g.to(dtype) for g, dtype in zip(pairs, ctx.dtypes, strict=True)]
+        typed = [None if g is None else g.to(dtype) for g, dtype in zip(found.of_pairs(), ctx.dtypes, strict=True)]
         gx = None if found.gx is None else found.gx.view(ctx.shape)
         return None, gx, *[None] * n, *found.beside, *typed
 

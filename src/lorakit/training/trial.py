@@ -24,7 +24,7 @@ def show_readers(
     """
     device = next(handle.model.parameters()).device
     before = Randomness.now(device)
-    batch = {key: value.to(device) for key, value in collate([min(rows, key=task.size)]).items()}
+    batch = {key: value.to(device) for key, value in collate([min(rows, key=lambda row: len(row.input_ids))]).items()}
 
     def run() -> None:
         loss = task.loss(handle.model, batch)
