@@ -114,16 +114,31 @@ def test_a_layer_that_is_called_with_something_else_computes_for_itself(sizes: l
     first = handle.model.blocks[0]
     first.other = torch.randn(3, 5, 12)
     x = torch.randn(3, 5, 12)
-    with torch.no_grad():
-        found = handle.model(x)
-        with kernels.use("plain"):
-            expected = handle.model(x)
+    found = handle.model(x)
+    with kernels.use("plain"):
+        expected = handle.model(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     first.other = None
     sizes.clear()
     losses(handle, 1)
     assert 3 in sizes  # the second block's still are one node
     assert sizes[0] < 3  # the first block's are not any more
+
+
+def test_without_gradients_every_layer_computes_for_itself_as_in_a_model_that_is_loaded_anew(sizes: list[int]) -> None:
+    handle = attached(LORA)
+    losses(handle, 2)
+    sizes.clear()
+    with torch.no_grad():
+        handle.model(torch.randn(3, 5, 12))
+    assert sizes == [1] * 8
+
+
+def test_the_same_tensor_given_again_is_dropped_by_another_mask() -> None:
+    handle = attached(lk.LoRA(rank=2, alpha=5.0, dropout=0.5))
+    x = torch.randn(3, 5, 12)
+    with torch.no_grad():
+        assert not torch.equal(handle.model(x), handle.model(x))
 
 
 def test_inference_mode_computes_the_same() -> None:
