@@ -13,6 +13,8 @@ import lorakit as lk
 from lorakit import kernels
 from lorakit.adapters import linear_path
 from lorakit.kernels.linear import Linear
+from lorakit.layers.ops import find_ops
+from lorakit.methods import method_names
 
 # Sums of some tens of fp32 products of order 1 in another order.
 ROUNDING = 2e-5
@@ -196,3 +198,12 @@ def test_dora_whose_output_is_written_to_trains_as_on_the_plain_path() -> None:
     found = trained()
     with kernels.use("plain"):
         assert found == pytest.approx(trained(), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("name", sorted(set(method_names()) - {"full", "head"}))
+def test_an_update_says_before_its_terms_whether_they_scale_rows(name: str) -> None:
+    handle = lk.attach(Blocks(), {"name": name}, ["q"], seed=1, blank=True)
+    hosts = {path: handle.model.get_submodule(path) for path in handle.updates()}
+    for path, update in handle.updates().items():
+        scales = update.terms(find_ops(hosts[path]), hosts[path]).row_scale is not None
+        assert update.scales_rows == scales

@@ -35,8 +35,10 @@ def begin(
     if not blank:
         found = _calibrated(model, active, method, sites, calibration, generator)
     parts = found.method.build(model, sites, generator, dtype, found.seen)
-    for p, kind, device in sorted({_masked(site, parts) for site in sites if _masked(site, parts)[0] > 0.0}, key=str):
-        prepare(p, kind, device)
+    if not blank:  # one that is loaded may never train
+        for p, kind, device in {_masked(site, parts) for site in sites}:
+            if p > 0.0:
+                prepare(p, kind, device)
     return found.method, parts
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.adapters.host import base_parameters
 from lorakit.adapters.targets import is_below
+from lorakit.adapters.walk import walk_parameters
 from lorakit.layers import Site
 
 
@@ -52,7 +52,7 @@ def coverage(model: nn.Module, sites: Sequence[Site], full: Sequence[str] = ()) 
             numbers[id(parameter)] = parameter.numel()
     reached = total = 0
     missed: dict[str, int] = {}
-    for name, parameter in base_parameters(model):
+    for name, parameter in walk_parameters(model):
         if parameter.dim() < 2:
             continue
         total += parameter.numel()

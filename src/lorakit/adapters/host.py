@@ -237,10 +237,3 @@ def _instance_forward(path: str, module: nn.Module) -> bool:
         f"layer '{path}' has a forward set on the instance, which an update would not pass through. "
         "Attach before whatever replaces it."
     )
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the base's parameters: all but those below a child called ``lorakit``."""
-    for name, parameter in model.named_parameters():
-        if "lorakit" not in name.split("."):
-            yield name, parameter

@@ -6,7 +6,7 @@ plain path (:func:`lorakit.layers.add_update`), which computes the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from lorakit.kernels import fast
 from lorakit.kernels.linear import Linear, Pair, adapted_linears
-from lorakit.layers import Terms
 from lorakit.layers.linear import LinearOps
 
 if TYPE_CHECKING:
-    from lorakit.adapters.branches import Active, Branches
+    from lorakit.adapters.branches import Branches
     from lorakit.adapters.readers import Readers
 
 
@@ -30,11 +29,10 @@ def fast_output(branches: Branches, host: nn.Module, args: tuple[Any, ...], kwar
     if not isinstance(x, Tensor) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return None
     readers = branches.active.readers
+    if (ready := readers.take(host)) is not None:
+        return ready
     own = _adapted(branches, host, x)
     if own is None:
-        return None
-    if own[0].gain is not None and not _can_use_output(host, readers):
-        readers.watched = host
         return None
     first, p = own
 
@@ -43,8 +41,7 @@ def fast_output(branches: Branches, host: nn.Module, args: tuple[Any, ...], kwar
         for member in members[1:]:
             branches = getattr(member, "lorakit", None)  # none where its adapters are gone meanwhile
             found = None if branches is None else _adapted(branches, member, x)
-            kept = found is not None and (found[0].gain is None or _can_use_output(member, readers))
-            layers.append(found[0] if found is not None and kept and found[1] == p else None)
+            layers.append(found[0] if found is not None and found[1] == p else None)
         seed = readers.seed() if p > 0.0 else 0
         outputs = iter(_computed(x, [layer for layer in layers if layer is not None], p, seed))
         return [None if layer is None else next(outputs) for layer in layers]
@@ -54,10 +51,10 @@ def fast_output(branches: Branches, host: nn.Module, args: tuple[Any, ...], kwar
 
 def watch_output(branches: Branches, host: nn.Module, out: Any) -> None:
     """See whether a layer's output is left as it is by its users, where the fast path would depend on it."""
-    readers = branches.active.readers
-    if readers.watched is host and isinstance(out, Tensor):
-        readers.watch(host, out)
-        readers.watched = None
+    if not fast() or torch.compiler.is_compiling() or not isinstance(branches.ops, LinearOps):
+        return
+    if isinstance(out, Tensor) and any(u is not None and u.scales_rows for u, _ in branches.plain_updates()):
+        branches.active.readers.watch(host, out)
 
 
 def _adapted(branches: Branches, host: nn.Module, x: Tensor) -> tuple[Linear, float] | None:
@@ -75,14 +72,16 @@ def _adapted(branches: Branches, host: nn.Module, x: Tensor) -> tuple[Linear, fl
     gain: Tensor | None = None
     acting = list(branches.plain_updates())
     for update, strength in acting:
-        terms = update.terms(branches.ops, host) if update is not None else None
         alone = strength == 1 and len(acting) == 1
-        if terms is None or not _is_pair(terms) or (terms.row_scale is not None and not alone):
+        if update is None or (update.scales_rows and not (alone and _can_use_output(host, branches.active.readers))):
+            return None
+        terms = update.terms(branches.ops, host)
+        if not terms.is_pair:
             return None
         assert terms.A is not None
         assert terms.B is not None
         pairs.append(Pair(terms.A, terms.B, terms.scale * strength))
-        rates.add(terms.dropout if update is not None and update.training else 0.0)
+        rates.add(terms.dropout if update.training else 0.0)
         gain = None if terms.row_scale is None else terms.row_scale.to(x.dtype)
         if terms.bias_shift is not None:
             shift = (strength * terms.bias_shift).to(x.dtype)
@@ -100,16 +99,6 @@ def _can_use_output(host: nn.Module, readers: Readers) -> bool:
     return torch.is_grad_enabled() and readers.keeps_output(host)
 
 
-def find_readers(active: Active, run: Callable[[], Any]) -> None:
-    """Let a forward and backward pass show which layers read one input, so that this counts from the next pass on.
-
-    A training that goes on where another process left it then computes as that one did from its first step on.
-    """
-    for _ in range(2):  # DoRA's layers are seen to be readers once they are seen to keep their outputs
-        run()
-        active.readers.settle()
-
-
 def _computed(x: Tensor, layers: Sequence[Linear], p: float, seed: int) -> Sequence[Tensor]:
     """Return the layers' outputs: from Triton's kernels where these are asked for, else from torch's products."""
     if x.is_cuda and all(_suits_triton(layer) for layer in layers):
@@ -125,11 +114,6 @@ def _computed(x: Tensor, layers: Sequence[Linear], p: float, seed: int) -> Seque
 
 def _suits_triton(layer: Linear) -> bool:
     return len(layer.pairs) == 1 and layer.gain is None and (layer.bias is None or not layer.bias.requires_grad)
-
-
-def _is_pair(terms: Terms) -> bool:
-    others = (terms.rank_gain, terms.out_gain, terms.dense)
-    return terms.A is not None and all(other is None for other in others)
 
 
 def _is_exotic(weight: Tensor) -> bool:

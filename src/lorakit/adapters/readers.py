@@ -25,14 +25,10 @@ from lorakit.kernels.steps import optimizer_steps
 class Readers:
     """The inputs of a model's adapted layers, one at a time, and who read them.
 
-    Attributes:
-        watched: the layer whose next output is to be watched.
-
     Nothing of it outlives a copy: a copied or unpickled model finds its groups again.
     """
 
     def __init__(self) -> None:
-        self.watched: nn.Module | None = None
         self._input: weakref.ref[Tensor] | None = None
         self._version = -1
         self._seed: int | None = None
@@ -50,11 +46,17 @@ class Readers:
     def __deepcopy__(self, memo: dict[int, Any]) -> Readers:
         return Readers()
 
-    def settle(self) -> None:
-        """Let what was found count at once: whoever calls this holds no graph from before."""
+    def settle(self) -> bool:
+        """Let what was found count at once: whoever calls this holds no graph from before.
+
+        Returns:
+            Whether layers were newly seen to keep their outputs: only another pass shows who reads with them.
+        """
         for group in self._groups.values():
             group.update(dict.fromkeys(group, -1))
+        shows_more = any(step != -1 for step in self._left_as_it_is.values())
         self._left_as_it_is.update(dict.fromkeys(self._left_as_it_is, -1))
+        return shows_more
 
     def enter(self, host: nn.Module, x: Tensor) -> None:
         """Take note of a layer that is called, and its input: another one than before, or the same in another pass."""
@@ -84,8 +86,8 @@ class Readers:
         """See whether anything writes to a layer's output before its gradient comes."""
         if not out.requires_grad or host in self._left_as_it_is:
             return
-        if type(out) is not Tensor:  # a simulation, whose steps stand for those after the first
-            self._left_as_it_is[host] = -1
+        if type(out) is not Tensor:  # a simulation's holds no numbers that could be written to
+            self._left_as_it_is[host] = optimizer_steps()
             return
         seen, version = out.detach(), out._version
         seen.data = out.new_empty(0)  # it counts writes to the output and holds none of its numbers
@@ -96,17 +98,18 @@ class Readers:
 
         out.register_hook(check)  # type: ignore[no-untyped-call]
 
+    def take(self, host: nn.Module) -> Tensor | None:
+        """Return an entered layer's output where its group's first one has computed it."""
+        return self._ready.pop(host, None)
+
     def outputs(self, host: nn.Module, compute: Compute) -> Tensor:
-        """Return an entered layer's output: from what its group's first one has computed, or computed now.
+        """Return an entered layer's output, computed now, and keep those of its group for :meth:`take`.
 
         Args:
             host: the layer.
             compute: called with layers that read its input, ``host`` first; returns an output for each, or None for
                 one that must compute for itself.
         """
-        ready = self._ready.pop(host, None)
-        if ready is not None:
-            return ready
         members = [host]
         if self._leader is None:
             self._leader = host

@@ -182,9 +182,8 @@ def _acting(
 
 
 def _is_pair(terms: Terms, training: bool) -> bool:
-    others = (terms.rank_gain, terms.out_gain, terms.row_scale, terms.dense, terms.bias_shift)
     drops = training and terms.dropout > 0.0
-    return terms.A is not None and not drops and all(other is None for other in others)
+    return terms.is_pair and not drops and terms.row_scale is None and terms.bias_shift is None
 
 
 def _is_plain(update: Update) -> TypeGuard[LowRankUpdate]:

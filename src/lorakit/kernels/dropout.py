@@ -26,7 +26,7 @@ _ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: multiples of it are spr
 def draw_seed() -> int:
     """Draw a seed from torch's generator of the CPU, which checkpointing and a resumed run restore."""
     drawn = torch.randint(2**62, (1,))
-    if not _is_real(drawn):  # only sizes count
+    if not is_real(drawn):  # only sizes count
         return 0
     return int(drawn)
 
@@ -43,7 +43,7 @@ def mask(shape: torch.Size, p: float, seed: int, dtype: torch.dtype, device: tor
         dtype: of the tensor that it multiplies.
         device: where it is needed.
     """
-    if not _is_real(torch.empty(0)):  # a simulation: a mask takes no memory of its own
+    if not is_real(torch.empty(0)):  # a simulation: a mask takes no memory of its own
         return torch.empty(1, dtype=dtype, device=device).expand(shape)
     bits = _pool(p, dtype, str(device))
     count = shape.numel()
@@ -71,7 +71,8 @@ def _start(seed: int, run: int) -> int:
     return (mixed >> 32) % ((POOL - RUN) // ALIGN) * ALIGN
 
 
-def _is_real(tensor: Tensor) -> bool:
+def is_real(tensor: Tensor) -> bool:
+    """Tell whether a tensor has numbers (a simulation's have only sizes)."""
     return type(tensor) is Tensor and not tensor.is_meta
 
 

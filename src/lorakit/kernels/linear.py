@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.kernels.dropout import mask
+from lorakit.kernels.dropout import is_real, mask
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Gradients:
             total -= layer.bias.to(wide) * gy.sum(dim=0, dtype=wide)
         zero = layer.gain == 0
         found = total / layer.gain.to(wide).masked_fill(zero, 1.0)
-        if _is_real(zero) and bool(zero.any()):
+        if is_real(zero) and bool(zero.any()):
             assert self.rows is not None
             assert h is not None
             u = self.rows @ layer.W[zero].t() + h @ layer.up[:, zero]
@@ -243,11 +243,6 @@ class _Gradients:
         wanted = [need for both in zip(self.needs_A, self.needs_B, strict=True) for need in both]
         given = [g for both in zip(gAs, self.gBs, strict=True) for g in both]
         return [g if need else None for g, need in zip(given, wanted, strict=True)]
-
-
-def _is_real(tensor: Tensor) -> bool:
-    """Tell whether a tensor has numbers (a simulation's have only sizes)."""
-    return type(tensor) is Tensor and not tensor.is_meta
 
 
 def _joined(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

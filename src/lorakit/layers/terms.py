@@ -49,6 +49,11 @@ class Terms:
     dense: Tensor | None = None
     dropout: float = 0.0
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether the product is ``scale * B A`` and nothing else changes the weight, but perhaps ``row_scale``."""
+        return self.A is not None and self.rank_gain is None and self.out_gain is None and self.dense is None
+
     def low_rank(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return detached factors ``(A', B')`` with all gains and the scale in them: ``B' A'`` is the low-rank part."""
         with torch.no_grad():

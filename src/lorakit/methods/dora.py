@@ -30,6 +30,7 @@ from lorakit.methods.method import Method
 class DoRAUpdate(LowRankUpdate):
     """A low-rank pair and the rows' magnitude; ``base_square`` is ``||W0||^2`` by rows in fp32 (fp64 of fp64)."""
 
+    scales_rows: ClassVar[bool] = True
     base_square: Tensor
 
     def __init__(

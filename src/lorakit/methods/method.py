@@ -28,7 +28,13 @@ from lorakit.settings import Settings
 
 
 class Update(nn.Module, ABC):
-    """One site's trainable update: parameters, and the :class:`Terms` they stand for."""
+    """One site's trainable update: parameters, and the :class:`Terms` they stand for.
+
+    Attributes:
+        scales_rows: whether its terms have a ``row_scale``.
+    """
+
+    scales_rows: ClassVar[bool] = False
 
     @abstractmethod
     def terms(self, ops: LayerOps, layer: nn.Module) -> Terms:

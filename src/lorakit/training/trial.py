@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lorakit.adapters import Handle
-from lorakit.adapters.linear_path import find_readers
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.randomness import Randomness
@@ -26,10 +25,10 @@ def show_readers(
     before = Randomness.now(device)
     batch = {key: value.to(device) for key, value in collate([min(rows, key=lambda row: len(row.input_ids))]).items()}
 
-    def run() -> None:
+    shows_more = True
+    while shows_more:
         loss = task.loss(handle.model, batch)
         if loss.requires_grad:
             torch.autograd.grad(loss, list(parameters), allow_unused=True)
-
-    find_readers(handle.active, run)
+        shows_more = handle.active.readers.settle()
     before.restore(device)
