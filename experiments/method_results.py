@@ -14,6 +14,8 @@ from experiments.method_runs import Result, Task
 STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 BEGIN, END = "<!-- results: begin, written by experiments/run_methods.py -->", "<!-- results: end -->"
 
+ALL_BROKEN = "every rate broke off"
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -55,7 +57,7 @@ def best_rate(task: Task, by_rate: Mapping[float, Result]) -> tuple[float, str]:
     sign = -1.0 if task.higher_is_better else 1.0
     ended = {lr: sign * result.held for lr, result in by_rate.items() if result.held is not None and _finite(result)}
     if not ended:
-        return min(by_rate), "every rate broke off"
+        return min(by_rate), ALL_BROKEN
     lr = min(ended, key=lambda lr: (ended[lr], lr))
     edge = {min(by_rate): "lowest rate of the grid", max(by_rate): "highest rate of the grid"}
     return lr, edge.get(lr, "")

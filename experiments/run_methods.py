@@ -30,7 +30,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from experiments.budgets import Matched  # noqa: E402  # the path comes first
-from experiments.method_results import Scored, best_rate, picture, put_between, summary, table  # noqa: E402
+from experiments.method_results import ALL_BROKEN, Scored, best_rate, picture, put_between, summary, table  # noqa: E402
 from experiments.method_runs import Candidate, Result, Task, budgets, candidates  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
@@ -145,7 +145,10 @@ def compare(
             name: best_rate(task, {lr: _result(one) for lr, one in by_rate.items()}) for name, by_rate in first.items()
         }
         if added < MOST_STEPS:
-            grids = {name: widened(grid, chosen[name][0]) for name, grid in grids.items()}
+            grids = {
+                name: grid if chosen[name][1] == ALL_BROKEN else widened(grid, chosen[name][0])
+                for name, grid in grids.items()
+            }
     runs = {
         one.name: [job(folder, task, one.name, known[one.name][0], chosen[one.name][0], seed) for seed in seeds]
         for one in wanted
