@@ -61,6 +61,7 @@ TRAIN_OPTIONS = [
     "patience",
     "save-every",
     "keep",
+    "cache-prefix",
     "grad-checkpointing",
     "compile",
     "revision",

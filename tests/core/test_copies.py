@@ -6,13 +6,17 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import lorakit as lk
 from lorakit.adapters import Handle
+from lorakit.adapters.copies import pristine_copy
+from lorakit.methods import find_method
 
 from .models import Tower, fill_with_noise, tokens_for, train_some_steps
 
@@ -129,3 +133,17 @@ def test_an_adapter_moves_with_its_model_to_another_dtype(trained: tuple[Tower, 
     model.to(torch.float64)
     assert {p.dtype for p in handle.parameters("b").values()} == {torch.float64}
     assert model(tokens).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_trained_embedding_is_copied_without_the_model_around_it(kind: str) -> None:
+    config: Any = (
+        LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        if kind == "llama"
+        else T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    )
+    made: Any = (LlamaForCausalLM if kind == "llama" else T5ForConditionalGeneration)(config)
+    lk.attach(made, find_method("full"))
+    embedding = made.get_input_embeddings()
+    assert not [hook for hook in pristine_copy(embedding)._forward_hooks.values() if hasattr(hook, "__self__")]
+    assert [hook for hook in embedding._forward_hooks.values() if hasattr(hook, "__self__")]

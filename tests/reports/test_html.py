@@ -363,6 +363,8 @@ CHANGES: dict[str, Any] = {
     "grad_checkpointing": True,
     "compile": True,
     "packing": "off",
+    "cache_prefix": True,
+    "recompute": "off",
     "validation": "/data/held out.jsonl",
     "max_length": 64,
     "dtype": "bf16",

@@ -68,6 +68,16 @@ def test_the_estimate_is_the_measured_memory(kind: str, method: str | None) -> N
     assert simulate(setup, rows).memory.above_weights == pytest.approx(measured(setup, rows), rel=CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_the_estimate_knows_what_is_made_again(kind: str, dtype: torch.dtype) -> None:
+    setup = replace(setup_for(kind, recompute=True), dtype=dtype)
+    rows = rows_for(setup)
+    less = simulate(setup, rows).memory.above_weights
+    assert less == pytest.approx(measured(setup, rows), rel=CLOSE)
+    assert less < simulate(replace(setup, plan=replace(setup.plan, recompute=False)), rows).memory.above_weights
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
 def test_the_estimate_knows_the_optimizer(optimizer: str) -> None:
     setup = setup_for("llama", optimizer=optimizer)

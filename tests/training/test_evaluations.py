@@ -137,6 +137,17 @@ def test_gradient_checkpointing_changes_no_loss(quick_fit: Fit, kind: str, rows:
     assert not any(getattr(module, "gradient_checkpointing", False) for module in result.model.modules())
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("bert", "classified"), ("llama", "prompted"), ("t5", "prompted")])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recomputing_changes_no_bit(quick_fit: Fit, kind: str, rows: str, method: str) -> None:
+    plain, less = Losses(), Losses()
+    whole = quick_fit(kind, rows, observer=plain, max_steps=5, recompute="off", method=method)
+    again = quick_fit(kind, rows, observer=less, max_steps=5, recompute="on", method=method)
+    assert less.found == plain.found
+    pairs = zip(whole.handle.parameters().values(), again.handle.parameters().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_gradient_checkpointing_takes_less_memory(quick_fit: Fit) -> None:
     plain, less = (
         quick_fit("llama", "prompted", grad_checkpointing=on, max_steps=1).summary.peak_memory_bytes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.errors import MergeError, VerificationError
 from lorakit.formats import load_adapter, save_adapter
+from lorakit.kernels import recompute
 
 from .conftest import Trained, train
 from .models import ZOO, Batch, batch, build, logits
@@ -71,6 +72,20 @@ def test_unmerging_restores_every_byte(trained: Trained) -> None:
     trained.handle.unmerge()
     assert trained.handle.digest() == trained.digests[0]
     assert torch.equal(logits(trained.model, trained.inputs), trained.out)
+
+
+def test_keeping_less_gives_the_same_gradients(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "SMALLEST_BYTES", 0)
+    parameters = list(trained.handle.parameters("default").values())
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(trained.model(**trained.inputs)["loss"], parameters, allow_unused=True)
+
+    every = gradients()
+    with recompute.recomputing():
+        less = gradients()
+    pairs = list(zip(every, less, strict=True))
+    assert all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
 def test_every_site_moves_the_output(trained: Trained) -> None:

@@ -4,11 +4,13 @@
 gradients. With the base frozen the first block's input does not, and every adapter inside checkpointed
 blocks would stay without gradient. Where a transformers model has checkpointing switched on, the output
 of each input embedding is therefore made to require gradients while training. (transformers does so by
-itself for models that read token ids, not for those that read pixels or sound.)
+itself for models that read token ids, not for those that read pixels or sound.) The other form of it
+needs none: there nothing below the lowest adapted layer is differentiated.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class InputGradients:
-    """The hooks on a model's input embeddings; they act only while some module has checkpointing on."""
+    """The hooks on a model's input embeddings; they act only while some module has reentrant checkpointing on."""
 
     def __init__(self, model: nn.Module) -> None:
         """Register a hook on each input embedding of ``model``; nothing where none of its modules checkpoints."""
@@ -31,13 +33,21 @@ class InputGradients:
         """Make an embedding's output require gradients where a checkpointed block will read it."""
         if not module.training or not isinstance(out, Tensor) or out.requires_grad or not torch.is_grad_enabled():
             return
-        if any(vars(switch).get("gradient_checkpointing", False) for switch in self.switches):
+        if any(_is_reentrant(switch) for switch in self.switches):
             out.requires_grad_(True)
 
     def remove(self) -> None:
         """Take the hooks off again."""
         for hook in self.hooks:
             hook.remove()
+
+
+def _is_reentrant(switch: nn.Module) -> bool:
+    """Tell whether a module checkpoints now, and not plainly in the form that is not reentrant."""
+    own = vars(switch)
+    checkpoint = own.get("_gradient_checkpointing_func")
+    told = checkpoint.keywords if isinstance(checkpoint, functools.partial) else {}
+    return bool(own.get("gradient_checkpointing", False)) and told.get("use_reentrant") is not False
 
 
 def input_embeddings(model: nn.Module) -> list[nn.Module]:

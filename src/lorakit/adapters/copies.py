@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
+from lorakit.adapters.checkpointing import InputGradients
+
 
 class ModuleCopy(nn.Module):
     """An adapter's own trained copy of one module.
@@ -90,7 +92,16 @@ def pristine_copy(module: nn.Module) -> nn.Module:
     """Return a deep copy of a module without anything that attaching added to it."""
     from lorakit.adapters.host import restore
 
-    clone = copy.deepcopy(module)
+    gone = object()  # stands for the hooks' owner, which holds the whole model: a copy is not to copy that
+    owners = [owner for inner in module.modules() for owner in _hook_owners(inner).values()]
+    clone = copy.deepcopy(module, {id(owner): gone for owner in owners if isinstance(owner, InputGradients)})
     for inner in list(clone.modules()):
         restore(inner)
+        for key in [key for key, owner in _hook_owners(inner).items() if owner is gone]:
+            del inner._forward_hooks[key]
     return clone
+
+
+def _hook_owners(module: nn.Module) -> dict[int, object]:
+    """Return whose methods look at a module's output."""
+    return {key: hook.__self__ for key, hook in module._forward_hooks.items() if hasattr(hook, "__self__")}

@@ -198,6 +198,22 @@ Packing = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+CachePrefix = Annotated[
+    bool | None,
+    typer.Option(
+        "--cache-prefix",
+        help="Keep the output of frozen lower blocks on disk, and compute it once for all epochs.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Recompute = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|on|off",
+        help="Make cheap activations again instead of keeping them; else where memory is not ample.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Compile = Annotated[
     bool | None, typer.Option("--compile", help="Run the model through torch.compile.", rich_help_panel=MACHINE)
 ]

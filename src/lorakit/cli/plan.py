@@ -72,7 +72,9 @@ def plan(
     dtype: options.TrainDtype = None,
     device: options.TrainDevice = None,
     packing: options.Packing = None,
+    cache_prefix: options.CachePrefix = None,
     grad_checkpointing: options.GradCheckpointing = None,
+    recompute: options.Recompute = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrainTrust = None,
 ) -> None:

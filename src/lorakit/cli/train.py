@@ -74,7 +74,9 @@ def train(
     dtype: options.TrainDtype = None,
     device: options.TrainDevice = None,
     packing: options.Packing = None,
+    cache_prefix: options.CachePrefix = None,
     grad_checkpointing: options.GradCheckpointing = None,
+    recompute: options.Recompute = None,
     compile_: options.Compile = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrainTrust = None,
@@ -88,8 +90,7 @@ def train(
     from lorakit.training.fit import fit
 
     base, rows, settings = read_settings(config, flags(ctx.params))
-    assert settings.output is not None
-    watched(lambda watch: fit(base, rows, config=settings, observer=watch), settings.output, as_json, quiet)
+    watched(lambda watch: fit(base, rows, config=settings, observer=watch), str(settings.output), as_json, quiet)
 
 
 def watched(run: Callable[[Watch], FitResult], output_: str, as_json: bool, quiet: bool = False) -> None:

@@ -128,7 +128,7 @@ class _Adapted(torch.autograd.Function):
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         ctx.dtypes = [tensor.dtype for tensor in pairs]
         ctx.save_for_backward(
-            rows if any(needs[0::2]) or any(gain is not None for gain in gains) else None,
+            x if any(needs[0::2]) or any(gain is not None for gain in gains) else None,
             H if any(needs[1::2]) or any(gain is not None for gain in gains) else None,
             *pairs,
             *weights,
@@ -144,7 +144,8 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         n = len(ctx.plan.ranks)
         count = len(ctx.dtypes)
-        rows, H, *rest = ctx.saved_tensors
+        x, H, *rest = ctx.saved_tensors
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
         pairs, beside = rest[:count], rest[count:]
         A, ups = _joined(pairs[0::2], ctx.dtype), _ups(ctx.plan, pairs[1::2], ctx.dtype)  # small: made again
         layers = [_Layer(up, *beside[i::n]) for i, up in enumerate(ups)]

@@ -52,7 +52,11 @@ class TrainConfig(Settings):
         keep: how many of the last checkpoints are kept, beside the best: with two, a damaged one has one before it.
         patience: end the run after so many evaluations without a better one; None goes on to the end.
         packing: several examples in one sequence, none of which sees another: 'on', 'off', or 'auto' where it pays.
+        cache_prefix: keep what frozen blocks below all that is trained give for each row on disk, and leave them out of
+            every later pass.
         grad_checkpointing: save memory by computing activations twice.
+        recompute: make what cheap operations made again in the backward pass, to the bit, instead of keeping it: 'on',
+            'off', or 'auto' where memory is not ample.
         compile: run the model through ``torch.compile``.
         validation: a file of rows to validate on, or the share of the rows to split off.
         max_length: tokens per row; None takes the model's context (at most 512 for classification).
@@ -92,7 +96,9 @@ class TrainConfig(Settings):
     keep: Count = 2
     patience: Count | None = None
     packing: Literal["auto", "on", "off"] = "auto"
+    cache_prefix: bool = False
     grad_checkpointing: bool = False
+    recompute: Literal["auto", "on", "off"] = "auto"
     compile: bool = False
     validation: Annotated[float, Field(gt=0, lt=1)] | str = 0.1
     max_length: Annotated[int, Field(ge=8)] | None = None
@@ -110,7 +116,7 @@ class TrainConfig(Settings):
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("packing", mode="before")
+    @field_validator("packing", "recompute", mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:
         """Take YAML's bare ``on`` and ``off``, which are truth values there."""

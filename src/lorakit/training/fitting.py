@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lorakit.bases import Base
-from lorakit.errors import ModelError
+from lorakit.errors import ConfigError, ModelError
 from lorakit.methods import Method
 from lorakit.training.config import TrainConfig
 from lorakit.training.costs import Setup, fitting_micro_batch, surely_fits
@@ -14,6 +15,9 @@ from lorakit.training.data.encode import EncodedRow
 from lorakit.training.memory import free_bytes
 from lorakit.training.recipe import Recipe, plan_of
 from lorakit.training.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MOST_ROWS = 256
 
@@ -48,6 +52,43 @@ def fit_micro_batch(
     recipe.micro_batch = micro
     reason = f"the longest {micro:,} rows fit into {free / 2**30:.1f} GiB"
     recipe.say("micro_batch", micro, f"{reason}; {parts} make a batch" if parts > 1 else reason)
+
+
+def choose_recompute(
+    config: TrainConfig,
+    recipe: Recipe,
+    model_config: PretrainedConfig,
+    num_parameters: int,
+    longest: int,
+    free: int | None,
+) -> None:
+    """Decide whether what cheap operations made is kept for the backward pass or made again.
+
+    It changes no number. To keep it is faster on a CPU by some hundredths, so that is done wherever memory is ample.
+
+    Args:
+        config: as asked.
+        recipe: what is decided so far; is told.
+        model_config: the base's.
+        num_parameters: of the base.
+        longest: tokens in the longest row.
+        free: bytes of memory; None where the system does not say.
+
+    Raises:
+        ConfigError: asked for with a compiled model.
+    """
+    if config.compile and config.recompute == "on":
+        raise ConfigError("recompute is the compiler's with compile. Leave one of them out.")
+    if config.recompute != "auto":
+        recipe.recompute = config.recompute == "on"
+        recipe.say("recompute", config.recompute, "as asked")
+        return
+    if config.compile or free is None:
+        return
+    rows = recipe.batch_size if config.micro_batch is None else recipe.micro_batch
+    recipe.recompute = not surely_fits(model_config, num_parameters, rows, longest, free)
+    if recipe.recompute:
+        recipe.say("recompute", "on", f"of {free / 2**30:.1f} GiB free a step could take more than a quarter")
 
 
 def setup_of(config: TrainConfig, recipe: Recipe, base: Base, spec: TaskSpec, method: Method) -> Setup:

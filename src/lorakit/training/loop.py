@@ -20,6 +20,7 @@ from lorakit.training.keeper import Keeper, Snapshot
 from lorakit.training.mode import training_mode
 from lorakit.training.observe import Observer
 from lorakit.training.plan import Outcome, Plan
+from lorakit.training.prefix.cached import CachedPrefix
 from lorakit.training.processes import Processes
 from lorakit.training.randomness import PROCESS_STRIDE, Randomness, own_generators
 from lorakit.training.signals import Interrupts, noticed
@@ -43,6 +44,7 @@ def train(
     keeper: Keeper | None = None,
     processes: Processes = ALONE,
     start: Snapshot | None = None,
+    cached: CachedPrefix | None = None,
 ) -> Outcome:
     """Train the adapter ``name`` in place; the model is in evaluation mode afterwards.
 
@@ -61,13 +63,14 @@ def train(
         keeper: takes lines of metrics and checkpoints.
         processes: which of how many processes this is.
         start: where to go on; the adapter has that snapshot's tensors.
+        cached: what frozen blocks give for each row, kept on disk; None computes them in every pass.
 
     Raises:
         TrainingError: the run cannot go on: a loss or gradient that is not finite, no memory, a full disk.
     """
-    loop = _Loop(handle, name, task, rows, collate, plan, observer, validate, keeper or Keeper(), processes)
+    loop = _Loop(handle, name, task, rows, collate, plan, observer, validate, keeper or Keeper(), processes, cached)
     seed = plan.seed + PROCESS_STRIDE * processes.rank
-    mode = training_mode(handle.model, plan.grad_checkpointing)
+    mode = training_mode(handle.model, plan.grad_checkpointing, plan.recompute)
     with own_generators(loop.stepper.device, seed), noticed() as interrupts, mode:
         if start is not None:
             loop.load(start)
@@ -91,13 +94,14 @@ class _Loop:
         validate: Measure | None,
         keeper: Keeper,
         processes: Processes,
+        cached: CachedPrefix | None,
     ) -> None:
         self.handle, self.name, self.rows, self.plan = handle, name, rows, plan
         self.validate, self.keeper, self.processes = validate, keeper, processes
         self.lengths = [task.size(row) for row in rows]
         per_epoch = len(BatchOrder(self.lengths, plan.batch_size, plan.seed))
         self.diary = Diary(plan, per_epoch, observer, keeper, task.goodness)
-        self.stepper = Stepper(handle, name, task, collate, plan, processes, self._told)
+        self.stepper = Stepper(handle, name, task, collate, plan, processes, self._told, cached)
         self.order: tuple[int, list[list[int]]] | None = None
         self.boundary: Randomness | None = None
         self.saved: tuple[int, bool] = (0, False)

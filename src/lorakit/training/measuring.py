@@ -32,7 +32,7 @@ def step_memory(prepared: Prepared, handle: Handle, name: str, micro_batch: int,
     parameters = list(handle.parameters(name).values())
     step, _ = _longest_step(prepared, micro_batch)
     try:
-        with own_generators(device), training_mode(model, grad_checkpointing):
+        with own_generators(device), training_mode(model, grad_checkpointing, prepared.recipe.recompute):
             peak = peak_bytes(step, device)
     finally:
         for parameter in parameters:
@@ -53,7 +53,7 @@ def seconds_per_token(
     step, longest = _longest_step(prepared, micro_batch)
     device = next(model.parameters()).device
     try:
-        with own_generators(device), training_mode(model, grad_checkpointing):
+        with own_generators(device), training_mode(model, grad_checkpointing, prepared.recipe.recompute):
             begun = time.perf_counter()
             step().item()
             taken = time.perf_counter() - begun

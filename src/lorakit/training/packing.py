@@ -79,6 +79,19 @@ class PackingCollator:
         filled = self.filled([len(row.input_ids) for row in rows])
         return self.padded(rows) if filled is None else self.joined([[rows[i] for i in each] for each in filled])
 
+    def places(self, rows: Sequence[EncodedRow]) -> list[tuple[int, int]]:
+        """Return the sequence that each row is in, and where it begins there."""
+        lengths = [len(row.input_ids) for row in rows]
+        filled = self.filled(lengths)
+        if filled is None:
+            return self.padded.places(rows)
+        found = {
+            i: (sequence, sum(lengths[before] for before in each[:place]))
+            for sequence, each in enumerate(filled)
+            for place, i in enumerate(each)
+        }
+        return [found[i] for i in range(len(rows))]
+
     def filled(self, lengths: Sequence[int]) -> list[list[int]] | None:
         """Return which rows make each sequence, or None where they are better padded each on its own."""
         if self.whole:

@@ -27,6 +27,7 @@ class Plan:
         patience: evaluations without a better one after which the run ends; None for none.
         packing: several examples make one sequence, see ``lorakit.training.packing``.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them.
+        recompute: make what cheap operations made again in the backward pass.
         compile: compile the model with ``torch.compile``.
         halve_micro_at: the step from which ``micro_batch`` is half of it, because memory ran out there before.
         usual_lr: what the recipe would take as ``lr``; None where it is not known.
@@ -48,6 +49,7 @@ class Plan:
     patience: int | None = None
     packing: bool = False
     grad_checkpointing: bool = False
+    recompute: bool = False
     compile: bool = False
     halve_micro_at: int | None = None
     usual_lr: float | None = None

@@ -47,6 +47,7 @@ class Recipe:
     epochs: float = 0.0
     num_steps: int = 0
     packing: bool = False
+    recompute: bool = False
     lr: float = 0.0
     usual_lr: float = 0.0
     eval_every: int = 0
@@ -269,6 +270,7 @@ def plan_of(config: TrainConfig, recipe: Recipe) -> Plan:
         patience=config.patience,
         packing=recipe.packing,
         grad_checkpointing=config.grad_checkpointing,
+        recompute=recipe.recompute,
         compile=config.compile,
         halve_micro_at=config.halve_micro_at,
         usual_lr=recipe.usual_lr,

@@ -12,8 +12,11 @@ from lorakit.training.checkpoint import Facts
 from lorakit.training.config import SHORTHANDS, TrainConfig
 from lorakit.training.prepare import Prepared
 
-# What may be another when a run is resumed: it changes no number, or is written down on the way.
-FREE_SETTINGS = ("model", "data", "save_every", "keep", "log_to", "halve_micro_at", "trust_remote_code", "revision")
+# What may be another when a run is resumed: it changes no number but by rounding, or is written down on the way.
+FREE_SETTINGS = (
+    *("model", "data", "save_every", "keep", "log_to", "halve_micro_at", "trust_remote_code", "revision"),
+    *("recompute", "cache_prefix"),
+)
 
 
 def resolved(config: TrainConfig, prepared: Prepared, model: Any, rows: Any) -> dict[str, Any]:
@@ -32,6 +35,7 @@ def resolved(config: TrainConfig, prepared: Prepared, model: Any, rows: Any) -> 
         batch_size=recipe.batch_size,
         micro_batch=recipe.micro_batch,
         packing="on" if recipe.packing else "off",
+        recompute="on" if recipe.recompute else "off",
         eval_every=recipe.eval_every,
         max_length=recipe.max_length,
         dtype=recipe.dtype,

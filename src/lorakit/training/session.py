@@ -26,6 +26,8 @@ from lorakit.training.measuring import summarised, validation
 from lorakit.training.observe import Observer
 from lorakit.training.outset import attached, measured, memory_or_half, place_of, tried_packing
 from lorakit.training.plan import Outcome
+from lorakit.training.prefix.cached import CachedPrefix, kept_beside
+from lorakit.training.prefix.trial import tried_prefix
 from lorakit.training.prepare import Prepared
 from lorakit.training.processes import Processes
 from lorakit.training.proof import Reference, take_reference
@@ -77,6 +79,7 @@ class Session:
     ) -> None:
         self.prepared, self.config, self.observer = prepared, config, observer
         self.folder, self.processes = folder, processes
+        self.cached: CachedPrefix | None = None
         self.base, self.spec, self.task = prepared.base, prepared.spec, prepared.spec.kind
         self.collate = self.spec.collator(self.base.tokenizer)
         self.rows_hash = hash_of_rows(prepared) if config.output is not None else ""
@@ -125,14 +128,11 @@ class Session:
         try:
             reference = self._reference()
             handle = attached(self.prepared, self.config, ADAPTER)
-            recipe.say_method(
-                self.config,
-                self.prepared.recipe,
-                self.prepared.method,
-                list(handle.entry(ADAPTER).targets),
-                str(handle.coverage(ADAPTER)),
-            )
-            settings["packing"] = tried_packing(self.prepared, handle, ADAPTER)
+            prepared, where = self.prepared, (list(handle.entry(ADAPTER).targets), str(handle.coverage(ADAPTER)))
+            recipe.say_method(self.config, prepared.recipe, prepared.method, *where)
+            settings["packing"] = tried_packing(prepared, handle, ADAPTER)
+            self.cached = tried_prefix(prepared, self.config, handle, ADAPTER, self.processes)
+            settings["cache_prefix"] = self.cached is not None
             start, snapshot = started(handle)
             return self._trained(settings, handle, reference, start, snapshot)
         except BaseException:  # a model that was given is what it was
@@ -230,7 +230,8 @@ class Session:
         keeper = self._keeper(self._facts(settings, handle), start)
         log_to = self.config.log_to if self.processes.main else None
         try:
-            with tracked(keeper, log_to, folder, settings, snapshot) as tracking:
+            kept = kept_beside(self.cached, folder.path if folder is not None else None)
+            with tracked(keeper, log_to, folder, settings, snapshot) as tracking, kept:
                 return train(
                     handle,
                     ADAPTER,
@@ -243,6 +244,7 @@ class Session:
                     tracking,
                     self.processes,
                     snapshot,
+                    self.cached,
                 )
         except TrainingError as error:
             if folder is None or error.__cause__ is None or not is_disk_full(error.__cause__):

@@ -6,6 +6,7 @@ token weighs the same.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from lorakit.training.data.encode import EncodedRow
 from lorakit.training.optimizers import load_state_tensors, optimizer_for, state_tensors
 from lorakit.training.packing import batching_of
 from lorakit.training.plan import Plan
+from lorakit.training.prefix.cached import CachedPrefix
 from lorakit.training.processes import Processes
 from lorakit.training.randomness import Randomness
 from lorakit.training.tasks import Task
@@ -58,6 +60,7 @@ class Stepper:
         plan: Plan,
         processes: Processes = ALONE,
         told: Callable[[str, str], None] = lambda name, text: None,
+        cached: CachedPrefix | None = None,
     ) -> None:
         self.plan, self.task, self.collate, self.processes, self.told = plan, task, collate, processes, told
         self.handle, self.name, self.batching = handle, name, batching_of(collate, plan.packing, handle.model)
@@ -68,7 +71,7 @@ class Stepper:
         self.model: nn.Module = torch.compile(handle.model) if plan.compile else handle.model  # type: ignore[assignment]
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.dtype == "fp16")
-        self.count = 0
+        self.count, self.cached = 0, cached
         self.micro_batch, self.halved = plan.micro_batch, False
         self.shortcuts: Shortcuts | None = None
         self._numbers: tuple[int, ...] = ()
@@ -186,13 +189,12 @@ class Stepper:
 
     def _backward(self, rows: Sequence[EncodedRow]) -> Tensor:
         units = max(1, sum(self.task.units(row) for row in rows))
-        # With several processes none should be left without rows.
-        size = min(self.micro_batch, -(-len(rows) // self.processes.count))
-        parts = self.processes.share([rows[start : start + size] for start in range(0, len(rows), size)])
+        parts = _parts(rows, self.micro_batch, self.processes)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
             batch = {key: value.to(self.device) for key, value in self.batching(part).items()}
-            loss = self.task.loss(self.model, batch, self.shortcuts or NONE) / units
+            with contextlib.nullcontext() if self.cached is None else self.cached.skipped(part, batch):
+                loss = self.task.loss(self.model, batch, self.shortcuts or NONE) / units
             if not loss.requires_grad:
                 raise TrainingError(diagnosis.unreached().text)
             if self.processes.main and i == len(parts) - 1:
@@ -240,6 +242,12 @@ class Stepper:
         if finding is not None:
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(finding.text)
+
+
+def _parts(rows: Sequence[EncodedRow], micro_batch: int, processes: Processes) -> Sequence[Sequence[EncodedRow]]:
+    """Return this process's micro-batches of a step; with several processes none should be left without rows."""
+    size = min(micro_batch, -(-len(rows) // processes.count))
+    return processes.share([rows[start : start + size] for start in range(0, len(rows), size)])
 
 
 def _rise(group: Mapping[str, Any], count: int) -> float:

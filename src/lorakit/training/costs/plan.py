@@ -21,6 +21,7 @@ from lorakit.training.costs.probe import probe
 from lorakit.training.costs.simulate import Setup
 from lorakit.training.costs.subject import Named, Subject, named, subject
 from lorakit.training.data.encode import EncodedRow
+from lorakit.training.fitting import choose_recompute
 from lorakit.training.memory import free_bytes, machine_bytes
 from lorakit.training.plan import Plan
 from lorakit.training.prepare import Rows
@@ -132,10 +133,10 @@ def plan_costs(
     where = named(model, config)
     about, tokenizer = subject(where, rows, config, num_rows, length)
     recipe, setup, base = _decided(where, about, tokenizer, config)
-    recipes.choose_steps(config, recipe, about.spec.kind.usual, len(about.rows), _width(where), base.num_parameters)
     longest = _longest(about)
-    setup = replace(setup, plan=replace(plan_of(config, recipe), compile=False))
     free = cards[0] if cards else free_bytes(torch.device(recipe.device))
+    choose_recompute(config, recipe, where.config, base.num_parameters, longest[0].length, free)
+    setup = replace(setup, plan=replace(plan_of(config, recipe), compile=False))
     if config.micro_batch is None and free is not None:
         recipe.micro_batch, _ = fitting_micro_batch(setup, longest, recipe.batch_size, free)
     recipes.choose_packing(config, recipe, about.spec.kind, where.config, [row.length for row in about.rows])
@@ -163,7 +164,7 @@ def plan_costs(
         fits=_fits(columns, cards),
         measured=measured,
         choices=tuple(recipe.choices),
-        notes=_notes(columns, where, recipe, free, measured, probing, cards),
+        notes=_notes(columns, where, recipe, free, measured, probing, cards) + _on_disk(config, about, where, recipe),
     )
 
 
@@ -179,7 +180,7 @@ def _fits(columns: Sequence[Column], cards: Sequence[int]) -> tuple[Fits, ...]:
 def _decided(
     where: Named, about: Subject, tokenizer: PreTrainedTokenizerBase | None, config: TrainConfig
 ) -> tuple[Recipe, Setup, Base]:
-    """Decide device, dtype and length, and count the base."""
+    """Decide device, dtype, length and steps, and count the base."""
     recipe = Recipe(max_length=about.spec.max_length)
     pad = tokenizer.pad_token_id if tokenizer is not None else 0
     model_config: Any = where.config
@@ -206,6 +207,7 @@ def _decided(
         recipe.say("vocabulary", *said(about.new, config))
     recipes.choose_device(config, recipe)
     recipes.choose_dtype(config, recipe, base.num_parameters, machine_bytes(), where.stored())
+    recipes.choose_steps(config, recipe, about.spec.kind.usual, len(about.rows), _width(where), base.num_parameters)
     dtype = DTYPES.get(recipe.dtype) or getattr(model_config, "dtype", None) or torch.float32
     return recipe, replace(setup, dtype=dtype), base
 
@@ -305,3 +307,15 @@ def _notes(
         why = "it would not fit into this machine's memory" if where.has_weights else "the weights are not here"
         notes.append(f"no real step was taken: {why}")
     return tuple(notes)
+
+
+def _on_disk(config: TrainConfig, about: Subject, where: Named, recipe: Recipe) -> tuple[str, ...]:
+    """Return what is kept of frozen blocks, where that is asked for."""
+    if not config.cache_prefix:
+        return ()
+    tokens, itemsize = sum(len(row.input_ids) for row in about.rows), DTYPES.get(recipe.dtype, torch.float32).itemsize
+    size = tokens * _width(where) * itemsize / 2**20
+    return (
+        f"cache_prefix: the output of the frozen blocks takes up to {size:,.1f} MiB of disk ({tokens:,} tokens x "
+        f"{_width(where):,} numbers of {itemsize} bytes); memory and time are those of the first epoch",
+    )

@@ -171,7 +171,8 @@ class SimulatedStep(Ledger):  # type: ignore[no-untyped-call]
         result = super().__torch_dispatch__(_grouped_product if grouped else func, types, args, kwargs)
         if grouped:
             self.flops += 2 * args[0].numel() * args[1].shape[-1] // (len(args[0]) if args[0].dim() == 3 else 1)
-        count = flop_registry.get(func._overloadpacket)
+        packet = aten.addmm if func is aten.addmm_.default else func._overloadpacket  # torch counts no product in place
+        count = flop_registry.get(packet)
         if count is not None:
             self.flops += int(count(*args, **(kwargs or {}), out_val=result))
         if self.in_step and any(self._is_logits(leaf) for leaf in tree_leaves(result)):
@@ -267,7 +268,7 @@ def in_training_mode(model: Any, plan: Plan) -> Iterator[None]:
     """Put the model in the mode that the training loop does, and in evaluation mode afterwards."""
     from lorakit.bases.quiet import quiet_transformers
 
-    with quiet_transformers(), training_mode(model, plan.grad_checkpointing):
+    with quiet_transformers(), training_mode(model, plan.grad_checkpointing, plan.recompute):
         yield
 
 

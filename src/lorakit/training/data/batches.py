@@ -56,6 +56,10 @@ class Collator:
             batch["labels"] = torch.tensor([row.labels for row in rows])
         return batch
 
+    def places(self, rows: Sequence[EncodedRow]) -> list[tuple[int, int]]:
+        """Return the sequence that each row is in, and where it begins there."""
+        return [(i, 0) for i in range(len(rows))]
+
     def width(self, longest: int) -> int:
         """Return the width of a batch whose longest row has so many tokens."""
         width = -(-longest // self.pad_to) * self.pad_to
