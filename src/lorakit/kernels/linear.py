@@ -1,16 +1,17 @@
 """Linear layers that read one input, with their low-rank updates, as one node of the graph.
 
-    H   = (x * mask) [A_1; ...; A_n]^T                      one pass over x for all layers
-    y_i = x W_i^T + b_i + c_i H_i B_i^T                     c_i = scale_i / (1 - p), added in place
+    H_i = c_i (x * mask) A_i^T                              one pass over x for all layers, c_i = scale_i / (1 - p)
+    y_i = x W_i^T + b_i + H_i B_i^T                         added in place
     gx  = sum_i gy_i W_i + (gH [A_1; ...; A_n]) * mask      one buffer, gH_i = c_i gy_i B_i
-    gA  = gH^T (x * mask),   gB_i = c_i gy_i^T H_i
+    gA  = gH^T (x * mask),   gB_i = gy_i^T H_i
 
-With a gain on the rows of base and update (DoRA) it is ``y_i = g_i * (x W_i^T + c_i H_i B_i^T) + b_i``, and the gain's
+With a gain on the rows of base and update (DoRA) it is ``y_i = g_i * (x W_i^T + H_i B_i^T) + b_i``, and the gain's
 gradient ``sum gy_i * (y_i - b_i) / g_i`` is taken from the output itself, which most models keep anyway.
 
 The order of products goes through the rank, so that no ``[d_out, d_in]`` gradient is formed (RunLoRA, arXiv
 2312.03415, compares the orders). What is kept for the backward pass is x, as it came and once, the ``[tokens, rank]``
-products, and the mask's seed; x is not kept where no A is trained (LoRA-FA).
+products, A and B as they were multiplied, and the mask's seed; x is not kept where no A is trained (LoRA-FA). Scaling H
+and its gradient, which are narrow, costs less than scaling B and B's gradient.
 """
 
 from __future__ import annotations
@@ -96,6 +97,15 @@ class _Plan:
         """How many columns of H are each layer's."""
         return [sum(ranks) for ranks in self.ranks]
 
+    def scaled_(self, H: Tensor) -> Tensor:
+        """Multiply the columns of ``[tokens, ranks]`` by their scales, in place."""
+        scales = [scale for layer in self.scales for scale in layer]
+        if len(set(scales)) == 1:
+            return H if scales[0] == 1.0 else H.mul_(scales[0])
+        ranks = [rank for layer in self.ranks for rank in layer]
+        columns = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
+        return H.mul_(torch.tensor(columns, dtype=H.dtype, device=H.device))
+
     def dropped(self, x: Tensor) -> Tensor:
         """Return the updates' input, but for the factor ``1 / (1 - p)``."""
         return x * self.mask(x) if self.p > 0.0 else x
@@ -113,13 +123,12 @@ class _Adapted(torch.autograd.Function):
         weights, biases, gains = tensors[:n], tensors[n : 3 * n : 2], tensors[n + 1 : 3 * n : 2]
         pairs = tensors[3 * n :]
         rows = x.reshape(-1, x.shape[-1])
-        A = _joined(pairs[0::2], x.dtype)
-        ups = _ups(plan, pairs[1::2], x.dtype)
-        H = plan.dropped(rows) @ A.t().contiguous()
+        A, Bs = _joined(pairs[0::2], x.dtype), _by_layer(plan, pairs[1::2], x.dtype)
+        H = plan.scaled_(plan.dropped(rows) @ A.t())
         out = []
-        for W, bias, gain, h, up in zip(weights, biases, gains, torch.split(H, plan.widths, dim=1), ups, strict=True):
+        for W, bias, gain, h, B in zip(weights, biases, gains, _split(H, plan.widths, 1), Bs, strict=True):
             y = F.linear(x, W, bias if gain is None else None)
-            y.view(-1, y.shape[-1]).addmm_(h, up)
+            y.view(-1, y.shape[-1]).addmm_(h, B.t())
             if gain is not None:
                 y.mul_(gain)
                 y = y if bias is None else y.add_(bias)
@@ -130,7 +139,8 @@ class _Adapted(torch.autograd.Function):
         ctx.save_for_backward(
             x if any(needs[0::2]) or any(gain is not None for gain in gains) else None,
             H if any(needs[1::2]) or any(gain is not None for gain in gains) else None,
-            *pairs,
+            A,
+            *Bs,
             *weights,
             *[None if gain is None else bias for bias, gain in zip(biases, gains, strict=True)],
             *gains,
@@ -143,20 +153,17 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         n = len(ctx.plan.ranks)
-        count = len(ctx.dtypes)
-        x, H, *rest = ctx.saved_tensors
+        x, H, A, *rest = ctx.saved_tensors
         rows = None if x is None else x.reshape(-1, x.shape[-1])
-        pairs, beside = rest[:count], rest[count:]
-        A, ups = _joined(pairs[0::2], ctx.dtype), _ups(ctx.plan, pairs[1::2], ctx.dtype)  # small: made again
-        layers = [_Layer(up, *beside[i::n]) for i, up in enumerate(ups)]
         needs = ctx.needs_input_grad
         found = _Gradients(ctx.plan, rows, H, A, needs[1], list(needs[2 + 3 * n :]))
+        layers = [_Layer(*rest[i::n]) for i in range(n)]
         for i, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
             if grad is None:
                 found.skip(i)
             else:
                 found.take(i, layer, grad.reshape(-1, grad.shape[-1]), needs[2 + n + 2 * i])
-        typed = [None if g is None else g.to(dtype) for g, dtype in zip(found.of_pairs(), ctx.dtypes, strict=True)]
+        typed = [None if g is None else _cast(g, dtype) for g, dtype in zip(found.of_pairs(), ctx.dtypes, strict=True)]
         gx = None if found.gx is None else found.gx.view(ctx.shape)
         return None, gx, *[None] * n, *found.beside, *typed
 
@@ -164,7 +171,7 @@ class _Adapted(torch.autograd.Function):
 class _Layer(NamedTuple):
     """What is kept of one layer; ``bias`` and ``out`` only beside a gain."""
 
-    up: Tensor
+    B: Tensor
     W: Tensor
     bias: Tensor | None
     gain: Tensor | None
@@ -179,7 +186,7 @@ class _Gradients:
     ) -> None:
         self.plan, self.rows, self.A, self.needs_x = plan, rows, A, needs_x
         self.needs_A, self.needs_B = needs[0::2], needs[1::2]
-        self.parts = [None] * len(plan.ranks) if H is None else list(torch.split(H, plan.widths, dim=1))
+        self.parts: Sequence[Tensor | None] = [None] * len(plan.ranks) if H is None else _split(H, plan.widths, 1)
         self.gx: Tensor | None = None
         self.low: list[Tensor | None] = []
         self.beside: list[Tensor | None] = []
@@ -193,18 +200,17 @@ class _Gradients:
 
     def take(self, i: int, layer: _Layer, gy: Tensor, needs_bias: bool) -> None:
         """Add what a layer's ``[tokens, d_out]`` gradient brings."""
-        ranks, scales, h = self.plan.ranks[i], self.plan.scales[i], self.parts[i]
+        ranks, h = self.plan.ranks[i], self.parts[i]
         self.beside += [gy.sum(dim=0) if needs_bias else None, self._of_gain(layer, gy, h)]
         if layer.gain is not None:
             gy = gy * layer.gain
         if self.needs_x:
             self.gx = gy @ layer.W if self.gx is None else self.gx.addmm_(gy, layer.W)
-        self.low.append(gy @ layer.up.t())
+        self.low.append(gy @ layer.B)
         if h is None:
             self.gBs += [None] * len(ranks)
-            return
-        both = torch.split(h.t() @ gy, list(ranks))
-        self.gBs += [part.t() * scale for part, scale in zip(both, scales, strict=True)]
+        else:
+            self.gBs += [part.t() for part in _split(h.t() @ gy, ranks, 0)]
 
     def _of_gain(self, layer: _Layer, gy: Tensor, h: Tensor | None) -> Tensor | None:
         """Return ``sum gy * u`` over the tokens, ``u = (out - bias) / gain`` what was multiplied by the gain.
@@ -222,7 +228,7 @@ class _Gradients:
         if is_real(zero) and bool(zero.any()):
             assert self.rows is not None
             assert h is not None
-            u = self.rows @ layer.W[zero].t() + h @ layer.up[:, zero]
+            u = self.rows @ layer.W[zero].t() + h @ layer.B[zero].t()
             found[zero] = (gy[:, zero] * u).sum(dim=0, dtype=wide)
         return found.to(layer.gain.dtype)
 
@@ -231,16 +237,15 @@ class _Gradients:
         gAs: list[Tensor | None] = [None] * len(self.needs_A)
         kept = [g for g in self.low if g is not None]
         if kept:
-            gH = torch.cat(
-                [_or_zeros(g, kept[0], width) for g, width in zip(self.low, self.plan.widths, strict=True)], dim=1
-            )
+            parts = [_or_zeros(g, kept[0], width) for g, width in zip(self.low, self.plan.widths, strict=True)]
+            gH = self.plan.scaled_(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
             if self.gx is not None and self.plan.p == 0.0:
                 self.gx.addmm_(gH, self.A)
             elif self.gx is not None:
                 self.gx.addcmul_(gH @ self.A, self.plan.mask(self.gx))
             if self.rows is not None and any(self.needs_A):
                 gA = gH.t() @ self.plan.dropped(self.rows)
-                gAs = list(torch.split(gA, [rank for ranks in self.plan.ranks for rank in ranks]))
+                gAs = list(_split(gA, [rank for ranks in self.plan.ranks for rank in ranks], 0))
         wanted = [need for both in zip(self.needs_A, self.needs_B, strict=True) for need in both]
         given = [g for both in zip(gAs, self.gBs, strict=True) for g in both]
         return [g if need else None for g, need in zip(given, wanted, strict=True)]
@@ -248,17 +253,25 @@ class _Gradients:
 
 def _joined(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return all A, one below the other, ``[ranks, d_in]``."""
-    return As[0].to(dtype) if len(As) == 1 else torch.cat([A.to(dtype) for A in As])
+    return _cast(As[0], dtype) if len(As) == 1 else torch.cat([_cast(A, dtype) for A in As])
 
 
-def _ups(plan: _Plan, Bs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return ``c B^T`` of each layer, ``[ranks, d_out]``, contiguous: the layout that the products are fastest in."""
+def _by_layer(plan: _Plan, Bs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return each layer's B, one beside the other, ``[d_out, ranks]``."""
     found, given = [], iter(Bs)
-    for scales in plan.scales:
-        scaled = [(next(given) * scale).to(dtype).t() for scale in scales]
-        found.append(scaled[0].contiguous() if len(scaled) == 1 else torch.cat(scaled))
+    for ranks in plan.ranks:
+        own = [_cast(next(given), dtype) for _ in ranks]
+        found.append(own[0] if len(own) == 1 else torch.cat(own, dim=1))
     return found
 
 
 def _or_zeros(found: Tensor | None, like: Tensor, width: int) -> Tensor:
     return like.new_zeros(len(like), width) if found is None else found
+
+
+def _cast(found: Tensor, dtype: torch.dtype) -> Tensor:
+    return found if found.dtype == dtype else found.to(dtype)
+
+
+def _split(found: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
+    return (found,) if len(sizes) == 1 else torch.split(found, list(sizes), dim)

@@ -13,6 +13,7 @@ import torch
 
 from lorakit.adapters import Handle
 from lorakit.records import Evaluation, Sample
+from lorakit.training.allocator import keeping_freed_memory
 from lorakit.training.data.batches import BatchOrder, Collator
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.diary import Diary
@@ -71,7 +72,8 @@ def train(
     loop = _Loop(handle, name, task, rows, collate, plan, observer, validate, keeper or Keeper(), processes, cached)
     seed = plan.seed + PROCESS_STRIDE * processes.rank
     mode = training_mode(handle.model, plan.grad_checkpointing, plan.recompute)
-    with own_generators(loop.stepper.device, seed), noticed() as interrupts, mode:
+    kept = keeping_freed_memory(loop.stepper.device.type == "cpu" and not plan.recompute)
+    with own_generators(loop.stepper.device, seed), noticed() as interrupts, mode, kept:
         if start is not None:
             loop.load(start)
         loop.run(interrupts)
