@@ -221,6 +221,7 @@ class Trainer:
                 out = self.loss()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         del out
+        kept.clear()  # the graph knows who looked at it, and what was seen holds the graph
         return sum(size for place, size in storages.items() if place not in own)
 
     def flops(self) -> int:

@@ -158,8 +158,7 @@ def add_together(
         return add_trained(base_out, x, acting.A, acting.B, acting.scales, segments), acting.rest
     assert pairs is not None
     rows = x.reshape(-1, x.shape[-1]).to(base_out.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        add_products(base_out.view(-1, base_out.shape[-1]), rows, pairs, segments)
+    add_products(base_out.view(-1, base_out.shape[-1]), rows, pairs, segments)
     return base_out, acting.rest
 
 

@@ -42,30 +42,34 @@ class Pairs:
     """The factors of several groups at one layer.
 
     Attributes:
-        A, B: each group's factors, rounded to ``dtype``.
+        given: each group's A, and each group's B, as they came.
         scales: each group's factor on ``B A``.
         ranks: each group's rank.
     """
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> None:
-        self._wide_B = B
-        self.A = [a.to(dtype) for a in A]
-        self.B = [b.to(dtype) for b in B]
+        self.given = (tuple(A), tuple(B))
         self.scales = tuple(scales)
         self.ranks = tuple(a.shape[0] for a in A)
         self.dtype = dtype
         self.d_in, self.d_out = A[0].shape[1], B[0].shape[0]
 
     @functools.cached_property
+    def rounded(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Each group's A, and each group's B, in ``dtype``."""
+        A, B = self.given
+        return [a.to(self.dtype) for a in A], [b.to(self.dtype) for b in B]
+
+    @functools.cached_property
     def joined(self) -> tuple[Tensor, Tensor]:
         """All factors below each other: ``A[sum of ranks, d_in]``, ``s B^T[sum of ranks, d_out]``."""
-        up = torch.cat([b.t() for b in self._wide_B])
+        up = torch.cat([b.t() for b in self.given[1]])
         if set(self.scales) == {self.scales[0]}:
             up = up * self.scales[0]
         else:
             factors = [scale for scale, rank in zip(self.scales, self.ranks, strict=True) for _ in range(rank)]
             up = up * torch.tensor(factors, dtype=up.dtype, device=up.device)[:, None]
-        return torch.cat(self.A), up.to(self.dtype)
+        return torch.cat(self.rounded[0]), up.to(self.dtype)
 
     @functools.cached_property
     def blocks(self) -> tuple[Tensor, Tensor]:
@@ -282,8 +286,9 @@ WAYS: dict[str, Way] = {way.name: way for way in (Runs(), Loop(), Grouped(), Pad
 
 
 def _add_piece(to: Tensor, rows: Tensor, pairs: Pairs, group: int, beta: float) -> Tensor:
-    h = rows @ pairs.A[group].t()
-    to.addmm_(h, pairs.B[group].t(), beta=beta, alpha=pairs.scales[group])
+    A, B = pairs.rounded
+    h = rows @ A[group].t()
+    to.addmm_(h, B[group].t(), beta=beta, alpha=pairs.scales[group])
     return h
 
 
@@ -294,8 +299,9 @@ def _pieces_backward(pieces: Iterator[_Piece], kept: Sequence[Tensor], pairs: Pa
     """Return the gradients of products piece by piece; each piece's part of ``d_x`` is written where it lies."""
     d_A: dict[int, Tensor] = {}
     d_B: dict[int, Tensor] = {}
+    A, B = pairs.rounded
     for ((group, _), d_rows, rows, place), h in zip(pieces, kept, strict=True):
-        d_h = (d_rows @ pairs.B[group]).mul_(pairs.scales[group])
+        d_h = (d_rows @ B[group]).mul_(pairs.scales[group])
         if group in d_A:
             d_A[group].addmm_(d_h.t(), rows)
             d_B[group].addmm_(d_rows.t(), h, alpha=pairs.scales[group])
@@ -303,7 +309,7 @@ def _pieces_backward(pieces: Iterator[_Piece], kept: Sequence[Tensor], pairs: Pa
             d_A[group] = d_h.t() @ rows
             d_B[group] = (d_rows.t() @ h).mul_(pairs.scales[group])
         if place is not None:
-            torch.mm(d_h, pairs.A[group], out=place)
+            torch.mm(d_h, A[group], out=place)
     groups = range(len(pairs.ranks))
     return Gradients([d_A[group] for group in groups], [d_B[group] for group in groups], d_x)
 

@@ -1,4 +1,4 @@
-"""The products of a routed batch, the cheapest way, with or without their derivatives."""
+"""The products of a routed batch, the cheapest way or on Triton's kernels, with or without their derivatives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from lorakit.kernels import triton
 from lorakit.kernels.cost_table import Problem, cheapest
 from lorakit.kernels.routed import WAYS, Pairs, Way
 from lorakit.kernels.segments import Segments
@@ -24,9 +25,11 @@ def add_products(out: Tensor, x: Tensor, pairs: Pairs, segments: Segments, way: 
         x: ``[total, d_in]`` in ``out``'s dtype.
         pairs: the groups' factors in that dtype.
         segments: the rows of each group.
-        way: how; the cheapest unless said.
+        way: how; :func:`taken` unless said.
     """
-    (way or choose(pairs, segments, False)).forward(out, x, pairs, segments)
+    way = way or taken(x, pairs, segments, False)
+    with torch.autocast(out.device.type, enabled=False):
+        way.forward(out, x, pairs, segments)
 
 
 def add_trained(
@@ -50,10 +53,19 @@ def add_trained(
         B: each group's ``[d_out, rank]``, likewise.
         scales: each group's factor.
         segments: the rows of each group.
-        way: how; the cheapest unless said.
+        way: how; :func:`taken` unless said.
     """
     result: Tensor = _Products.apply(out, x, segments, way, tuple(scales), *A, *B)  # type: ignore[no-untyped-call]
     return result
+
+
+def taken(x: Tensor, pairs: Pairs, segments: Segments, trained: bool) -> Way:
+    """Return the way that rows ``x`` take: Triton's where its kernels are asked for and apply, else the cheapest."""
+    if triton.applies(x):
+        from lorakit.kernels.triton.ways import KERNELS
+
+        return next(way for way in KERNELS if way.takes(pairs, segments, trained))
+    return choose(pairs, segments, trained)
 
 
 def choose(pairs: Pairs, segments: Segments, trained: bool) -> Way:
@@ -81,10 +93,10 @@ class _Products(torch.autograd.Function):
     ) -> Tensor:
         num = len(scales)
         pairs = Pairs(factors[:num], factors[num:], scales, out.dtype)
-        ctx.way = way or choose(pairs, segments, True)
+        rows = x.reshape(-1, x.shape[-1]).to(out.dtype)
+        ctx.way = way or taken(rows, pairs, segments, True)
         result = out.data  # neither a view nor the same tensor to autograd, so that it keeps no second copy
         with torch.autocast(out.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(out.dtype)
             kept = ctx.way.forward(result.view(-1, result.shape[-1]), rows, pairs, segments)
         ctx.segments, ctx.scales, ctx.dtype = segments, scales, out.dtype
         ctx.save_for_backward(x, *factors, *kept)

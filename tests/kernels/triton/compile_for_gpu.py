@@ -39,7 +39,8 @@ class Recorder:
         def record(*args: Any, **kwargs: Any) -> None:
             names = [name for name in self.kernel.arg_names if name not in kwargs]
             known = dict(zip(names, args, strict=True)) | kwargs
-            self.launches.setdefault(f"{self.label} {self.kernel.__name__}", (self.kernel, known))
+            cut = "".join(f", {name} {known[name]}" for name in ("BM", "RANK_FIRST") if name in known)
+            self.launches.setdefault(f"{self.label} {self.kernel.__name__}{cut}", (self.kernel, known))
 
         return record
 
@@ -76,11 +77,13 @@ def launches(dtype: torch.dtype, label: str) -> dict[str, tuple[Any, dict[str, A
     for fused in (False, True):
         (y,) = linear.adapted_linear(x, [linear.Adapted(W, W[:, 0].contiguous(), A, B)], 0.1, None, fused, tiles)
         y.sum().backward()
-    pairs = [[routed.Pair(A, B)] * 8] * 3
+    pairs = [[routed.Pair(A, B, 1.0)] * 8] * 3
     outs = [torch.zeros(ROWS, 2 * WIDTH, dtype=dtype) for _ in pairs]
     ids = torch.zeros(ROWS, dtype=torch.int32)
     routed.routed_rows(x, outs, pairs, ids, tiles)
-    sum(out.sum() for out in routed.routed_linear(x, outs, pairs, routed.Route.of(ids, 8), tiles)).backward()
+    for rows in (16, 64):  # of a tile, as ``ways`` cuts them
+        outs = [out.detach() for out in outs]
+        sum(out.sum() for out in routed.routed_linear(x, outs, pairs, routed.Route.of(ids, 8, rows), tiles)).backward()
     for name in ("device_linear", "device_routed"):
         for key, kernel in list(vars(launch.compiled(name)).items()):
             if isinstance(kernel, Recorder):

@@ -226,6 +226,6 @@ def test_every_row_with_an_adapter_is_in_exactly_one_tile(ids: list[int]) -> Non
 
 def test_every_misfit_is_named_at_once(device: torch.device) -> None:
     x, outs, pairs = drawn(((5, 3), (2, 2)), device)
-    pairs[1][0] = Pair(pairs[1][0].A.double(), pairs[1][0].B)
+    pairs[1][0] = Pair(pairs[1][0].A.double(), pairs[1][0].B, 1.0)
     with pytest.raises(ShapeError, match=r"several dtypes.*slice 0: output .*slice 1, adapter 1: A "):
         routed_linear(x, [outs[0].t(), outs[1][:, 1:].contiguous()], pairs, Route.of(torch.tensor(IDS), 2))

@@ -66,11 +66,13 @@ def chosen() -> bool:
 def applies(x: Tensor) -> bool:
     """Tell whether a layer with this input should be computed by these kernels.
 
-    They are asked for, x is a real tensor on the GPU of a dtype they know, and nothing else is about to rewrite the
-    computation (``torch.compile`` makes kernels of the plain path itself; autocast would change dtypes).
+    They are asked for, x is a real tensor on the current GPU, where Triton launches, of a dtype they know, and nothing
+    else is about to rewrite the computation (``torch.compile`` makes kernels of the plain path itself; autocast would
+    change dtypes).
     """
     return (
         x.is_cuda
+        and x.device.index == torch.cuda.current_device()
         and not torch.compiler.is_compiling()
         and chosen()
         and type(x) in (Tensor, nn.Parameter)

@@ -39,6 +39,18 @@ def summed(H: tl.tensor, places: tl.tensor, inside: tl.tensor, step: tl.tensor, 
     return total
 
 
+def output(
+    y0: tl.tensor, y1: tl.tensor, y2: tl.tensor, d0: tl.tensor, d1: tl.tensor, d2: tl.tensor, slice_: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Return a slice's output and its width."""
+    y, D = y0, tl.cast(d0, tl.int32)
+    if slice_ == 1:
+        y, D = y1, tl.cast(d1, tl.int32)
+    if slice_ == 2:
+        y, D = y2, tl.cast(d2, tl.int32)
+    return y, D
+
+
 def segment_shrink(
     x: tl.tensor, H: tl.tensor, table: tl.tensor, all_ranks: tl.tensor, scales: tl.tensor,
     order: tl.tensor, starts: tl.tensor, tile_adapter: tl.tensor, tile_start: tl.tensor,
@@ -91,11 +103,7 @@ def segment_expand(
     """
     tile, slice_ = tl.program_id(0), tl.program_id(2)
     adapter = tl.load(tile_adapter + tile)
-    y, D = y0, tl.cast(d0, tl.int32)
-    if slice_ == 1:
-        y, D = y1, tl.cast(d1, tl.int32)
-    if slice_ == 2:
-        y, D = y2, tl.cast(d2, tl.int32)
+    y, D = output(y0, y1, y2, d0, d1, d2, slice_)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     if adapter >= 0:
         rank = tl.load(all_ranks + slice_ * G + adapter)
@@ -189,11 +197,7 @@ def row_expand(
     """Add ``scale * B H[row]`` of the row's own adapter to up to three outputs in place."""
     row, slice_ = tl.program_id(0), tl.program_id(2)
     adapter = tl.load(ids + row)
-    y, D = y0, tl.cast(d0, tl.int32)
-    if slice_ == 1:
-        y, D = y1, tl.cast(d1, tl.int32)
-    if slice_ == 2:
-        y, D = y2, tl.cast(d2, tl.int32)
+    y, D = output(y0, y1, y2, d0, d1, d2, slice_)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     if adapter >= 0:
         rank = tl.load(all_ranks + slice_ * G + adapter)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.errors import ShapeError
+from lorakit.kernels.linear import Pair
 from lorakit.kernels.triton.launch import (
     Tiles,
     accumulator,
@@ -33,15 +34,6 @@ from lorakit.kernels.triton.launch import (
 )
 
 MAX_SLICES = 3  # outputs of one launch
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One adapter's update of one layer: ``A[rank, d_in]``, ``B[d_out, rank]`` and its scale."""
-
-    A: Tensor
-    B: Tensor
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,17 +88,26 @@ class Route:
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What a call does beside its tensors: slices s, adapters g."""
+class Shape:
+    """What a call does beside its tensors.
+
+    Attributes:
+        scales: of each slice, each adapter's factor.
+        ranks: of each slice, each adapter's rank, 0 where it has none there.
+        route: whose row is whose.
+        tiles: how the work is cut.
+        keep: whether a backward pass may follow.
+    """
 
     scales: tuple[tuple[float, ...], ...]
     ranks: tuple[tuple[int, ...], ...]
     route: Route
     tiles: Tiles
-    keep: bool
+    keep: bool = True
 
     @property
     def most(self) -> int:
+        """The largest rank, 1 at least."""
         return max(1, max(max(ranks) for ranks in self.ranks))
 
 
@@ -139,7 +140,7 @@ def routed_linear(
     couples = [(None, None) if pair is None else (pair.A, pair.B) for row in pairs for pair in row]
     factors = [factor for couple in couples for factor in couple]
     tensors = [x, *outs, *(factor for factor in factors if factor is not None)]
-    shape = _Shape(
+    shape = Shape(
         scales=tuple(tuple(0.0 if pair is None else pair.scale for pair in row) for row in pairs),
         ranks=tuple(tuple(0 if pair is None else pair.A.shape[0] for pair in row) for row in pairs),
         route=route,
@@ -179,8 +180,8 @@ def _rows(x: Tensor, outs: Sequence[Tensor], pairs: Sequence[Sequence[Pair | Non
     (T, D), slices, G, device = x.shape, len(outs), len(pairs[0]), x.device
     flat = [pair for row in pairs for pair in row]
     sizes = tuple(0 if pair is None else pair.A.shape[0] for pair in flat)
-    factors_A = _contiguous([None if pair is None else pair.A for pair in flat])
-    factors_B = _contiguous([None if pair is None else pair.B for pair in flat])
+    factors_A = contiguous([None if pair is None else pair.A for pair in flat])
+    factors_B = contiguous([None if pair is None else pair.B for pair in flat])
     (A, how_A), (B, how_B) = _table(factors_A, device), _table(factors_B, device)
     ranks, R = integers(sizes, device), max(1, *sizes)
     scales = numbers(tuple(0.0 if pair is None else pair.scale for pair in flat), device)
@@ -200,12 +201,12 @@ class _Routed(torch.autograd.Function):
     """See :func:`routed_linear`."""
 
     @staticmethod
-    def forward(ctx: Any, shape: _Shape, slices: int, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, shape: Shape, slices: int, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         outs = [cast(Tensor, tensor) for tensor in tensors[:slices]]
-        factors = _contiguous(tensors[slices:])
+        factors = contiguous(tensors[slices:])
         x = x.contiguous()
-        H = _shrink(x, factors[0::2], shape, range(slices), scaled=False, rank_first=True)
-        _expand(outs, H, factors[1::2], shape, range(slices), scaled=True, rank_first=False)
+        H = shrink(x, factors[0::2], shape, range(slices), scaled=False, rank_first=True)
+        expand(outs, H, factors[1::2], shape, range(slices), scaled=True, rank_first=False)
         ctx.shape, ctx.slices = shape, slices
         ctx.mark_dirty(*outs)
         ctx.save_for_backward(x, H.sum(0).to(x.dtype) if shape.keep else None, *tensors[slices:])
@@ -214,9 +215,9 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        shape: _Shape = ctx.shape
+        shape: Shape = ctx.shape
         x, H, *saved = ctx.saved_tensors
-        factors, count = _contiguous(saved), len(shape.ranks[0])
+        factors, count = contiguous(saved), len(shape.ranks[0])
         needs = ctx.needs_input_grad[3 + ctx.slices :]
         gx = torch.zeros_like(x) if ctx.needs_input_grad[2] else None
         gys = [grad.contiguous() for grad in grads]
@@ -224,16 +225,12 @@ class _Routed(torch.autograd.Function):
         for index, gy in enumerate(gys):
             own = slice(2 * count * index, 2 * count * (index + 1))
             A, B = factors[own][0::2], factors[own][1::2]
-            here = range(index, index + 1)
-            gH = _shrink(gy, B, shape, here, scaled=True, rank_first=False)
-            if gx is not None:
-                _expand([gx], gH, A, shape, here, scaled=False, rank_first=True)
-            if any(needs[own][0::2]):
-                gA = _outer(gH.sum(0)[0].to(x.dtype), x, shape, index, scaled=False, rank_first=True)
-                found[own.start : own.stop : 2] = [gA[g, : shape.ranks[index][g]] for g in range(count)]
-            if any(needs[own][1::2]):
-                gB = _outer(H[index], gy, shape, index, scaled=True, rank_first=False)
-                found[own.start + 1 : own.stop : 2] = [gB[g, :, : shape.ranks[index][g]] for g in range(count)]
+            wanted = (any(needs[own][0::2]), any(needs[own][1::2]))
+            gA, gB = gradients(gy, x, H[index], A, B, shape, index, gx, wanted)
+            if gA:
+                found[own.start : own.stop : 2] = gA
+            if gB:
+                found[own.start + 1 : own.stop : 2] = gB
         cast_ = [
             None if grad is None or like is None or not need else grad.to(like.dtype)
             for grad, like, need in zip(found, factors, needs, strict=True)
@@ -241,8 +238,39 @@ class _Routed(torch.autograd.Function):
         return None, None, gx, *gys, *cast_
 
 
-def _shrink(
-    x: Tensor, factors: Sequence[Tensor | None], shape: _Shape, slices: range, scaled: bool, rank_first: bool
+def gradients(
+    gy: Tensor, x: Tensor, h: Tensor, A: Sequence[Tensor | None], B: Sequence[Tensor | None], shape: Shape, index: int,
+    gx: Tensor | None, wanted: tuple[bool, bool] = (True, True),
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Return the gradients of a slice's A and B, unrounded; add x's to ``gx``.
+
+    Args:
+        gy: ``[T, d_out]`` the gradient of the slice's output.
+        x: ``[T, d_in]``.
+        h: ``[T, R]`` of the forward pass, in sorted order and x's dtype.
+        A: the adapters' down factors.
+        B: the adapters' up factors.
+        shape: what the forward pass did.
+        index: the slice's number.
+        gx: ``[T, d_in]``, changed in place, or None where nobody wants it.
+        wanted: whether the gradients of A are wanted, and those of B; else there are none.
+    """
+    here, ranks = range(index, index + 1), shape.ranks[index]
+    gH = shrink(gy, B, shape, here, scaled=True, rank_first=False)
+    if gx is not None:
+        expand([gx], gH, A, shape, here, scaled=False, rank_first=True)
+    found_A, found_B = [], []
+    if wanted[0]:
+        gA = outer(gH.sum(0)[0].to(x.dtype), x, shape, index, scaled=False, rank_first=True)
+        found_A = [own[:rank] for own, rank in zip(gA, ranks, strict=True)]
+    if wanted[1]:
+        gB = outer(h, gy, shape, index, scaled=True, rank_first=False)
+        found_B = [own[:, :rank] for own, rank in zip(gB, ranks, strict=True)]
+    return found_A, found_B
+
+
+def shrink(
+    x: Tensor, factors: Sequence[Tensor | None], shape: Shape, slices: range, scaled: bool, rank_first: bool
 ) -> Tensor:
     """Return ``H[splits, slices, T, R]`` of x times the factors of these slices, in sorted order."""
     (T, D), route, tiles, device = x.shape, shape.route, shape.tiles, x.device
@@ -259,8 +287,8 @@ def _shrink(
     return H
 
 
-def _expand(
-    outs: Sequence[Tensor], H: Tensor, factors: Sequence[Tensor | None], shape: _Shape, slices: range, scaled: bool,
+def expand(
+    outs: Sequence[Tensor], H: Tensor, factors: Sequence[Tensor | None], shape: Shape, slices: range, scaled: bool,
     rank_first: bool,
 ) -> None:  # fmt: skip
     """Add H times the factors of these slices to the rows of the outputs."""
@@ -275,7 +303,7 @@ def _expand(
     )  # fmt: skip
 
 
-def _outer(H: Tensor, v: Tensor, shape: _Shape, index: int, scaled: bool, rank_first: bool) -> Tensor:
+def outer(H: Tensor, v: Tensor, shape: Shape, index: int, scaled: bool, rank_first: bool) -> Tensor:
     """Return ``H^T v`` of every adapter, ``[G, R, D]``, or ``[G, D, R]`` without ``rank_first``."""
     D, R, G, tiles = v.shape[1], shape.most, len(shape.ranks[0]), shape.tiles
     BR = tiles.rank_block(R)
@@ -291,7 +319,7 @@ def _outer(H: Tensor, v: Tensor, shape: _Shape, index: int, scaled: bool, rank_f
     return out.sum(0)
 
 
-def _per_adapter(shape: _Shape, slices: range, device: torch.device) -> tuple[Tensor, Tensor]:
+def _per_adapter(shape: Shape, slices: range, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ranks and scales of these slices, one after the other."""
     ranks = integers(tuple(rank for index in slices for rank in shape.ranks[index]), device)
     return ranks, numbers(tuple(scale for index in slices for scale in shape.scales[index]), device)
@@ -311,7 +339,8 @@ def _three(outs: Sequence[Tensor]) -> list[Any]:
     return [*three, *(out.shape[1] for out in three)]
 
 
-def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return tensors whose rows lie one after the other, copied where they did not."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
