@@ -8,11 +8,12 @@ made first. Afterwards each model is measured on the same rows of the test file,
 is what tensors take above the loaded base at the peak of two steps on the eight longest rows, adapter and optimizer
 included.
 
-Ratios are taken within turns. 'CPU' is the ratio of processor seconds, which other work on the machine disturbs less;
-a note says how much of the time that work took. Needs a folder with ``models/tiny-llama-en`` and ``data/e2e``:
-``--shared``, LORAKIT_SHARED, or ``../shared`` beside the checkout.
+The model is loaded as it is stored, in bf16, which is what both do unasked on a processor with AMX; ``--dtype fp32``
+makes it fp32 for both. Ratios are taken within turns. 'CPU' is the ratio of processor seconds, which other work on the
+machine disturbs less; a note says how much of the time that work took. Needs a folder with ``models/tiny-llama-en`` and
+``data/e2e``: ``--shared``, LORAKIT_SHARED, or ``../shared`` beside the checkout.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_trainer.py [--turns 3] [--steps 100]
+    OMP_NUM_THREADS=1 python benchmarks/bench_trainer.py [--turns 3] [--steps 100] [--dtype fp32]
 """
 
 from __future__ import annotations
@@ -60,12 +61,13 @@ class Clock:
         return {"seconds": (self.wall[-1] - self.wall[WARM]) / count, "cpu": (self.cpu[-1] - self.cpu[WARM]) / count}
 
 
-def base_model(shared: Path, untied: bool = False) -> Any:
-    """Return the model in fp32, on request with a head that is a copy of its embedding."""
+def base_model(shared: Path, dtype: str, untied: bool = False) -> Any:
+    """Return the model, on request with a head that is a copy of its embedding."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(paths(shared)[0], dtype=torch.float32)
+    wanted: Any = torch.float32 if dtype == "fp32" else "auto"
+    model: Any = AutoModelForCausalLM.from_pretrained(paths(shared)[0], dtype=wanted)
     if untied:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -79,7 +81,7 @@ def tokenizer_of(shared: Path) -> Any:
     return AutoTokenizer.from_pretrained(paths(shared)[0])
 
 
-def with_lorakit(shared: Path, steps: int, method: str) -> dict[str, Any]:
+def with_lorakit(shared: Path, steps: int, method: str, dtype: str) -> dict[str, Any]:
     """Train with ``lorakit.fit``; its observer is told the end of each step, and its loss."""
     import lorakit as lk
     from lorakit.training.observe import Observer, Step
@@ -93,9 +95,10 @@ def with_lorakit(shared: Path, steps: int, method: str) -> dict[str, Any]:
 
     _, rows = paths(shared)
     result = lk.fit(
-        base_model(shared, untied=method == "head"),
+        base_model(shared, dtype, untied=True) if method == "head" else paths(shared)[0],
         rows,
-        tokenizer=tokenizer_of(shared),
+        tokenizer=tokenizer_of(shared) if method == "head" else None,
+        dtype="fp32" if dtype == "fp32" else "auto",
         method=method,
         max_steps=steps,
         lr=RATE / 10 if method == "full" else RATE,
@@ -174,17 +177,17 @@ def encoded(shared: Path, rows: str) -> tuple[Any, Any]:
     return spec, spec.read(read_table(rows), tokenizer_of(shared)).rows
 
 
-def measure(way: str, shared: Path, steps: int) -> dict[str, Any]:
+def measure(way: str, shared: Path, steps: int, dtype: str) -> dict[str, Any]:
     """Measure time and losses of one way in this process."""
     if way.startswith("lorakit"):
-        return with_lorakit(shared, steps, way.removeprefix("lorakit ") if " " in way else "lora")
+        return with_lorakit(shared, steps, way.removeprefix("lorakit ") if " " in way else "lora", dtype)
     _, rows = encoded(shared, paths(shared)[1])
-    model, clock, losses = with_trainer(shared, base_model(shared), rows, steps, way.endswith("best"))
+    model, clock, losses = with_trainer(shared, base_model(shared, dtype), rows, steps, way.endswith("best"))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {**clock.seconds(), "losses": losses, "trained": trained, **tested(model, shared)}
 
 
-def memory_of(way: str, shared: Path) -> dict[str, Any]:
+def memory_of(way: str, shared: Path, dtype: str) -> dict[str, Any]:
     """Measure the memory of one way in this process: two steps on the longest rows."""
     import torch
 
@@ -197,12 +200,12 @@ def memory_of(way: str, shared: Path) -> dict[str, Any]:
     longest = sorted(rows, key=lambda row: -len(row.input_ids))[:BATCH]
     if way.startswith("lorakit"):
         name = way.removeprefix("lorakit ") if " " in way else "lora"
-        model = base_model(shared, untied=name == "head").requires_grad_(False).eval()
+        model = base_model(shared, dtype, untied=name == "head").requires_grad_(False).eval()
         plan, collate = Plan(2, BATCH, BATCH, RATE), spec.collator(tokenizer_of(shared))
         attaching = {"targets": "all-linear"} if name == "lora" else {}
         method = find_method({"name": name, "rank": RANK, "alpha": ALPHA} if name == "lora" else name)
         return {"peak": probe(model, spec.kind, collate, method, attaching, plan, longest).peak_bytes}
-    model = base_model(shared)
+    model = base_model(shared, dtype)
     train: Callable[[], Any] = lambda: with_trainer(shared, model, longest, 2, way.endswith("best"))  # noqa: E731
     return {"peak": peak_bytes(train, torch.device("cpu"))}
 
@@ -252,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--dtype", choices=("stored", "fp32"), default="stored")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS, help="'trainer' is always among them")
     default = os.environ.get("LORAKIT_SHARED", Path(__file__).resolve().parents[2] / "shared")
     parser.add_argument("--shared", type=Path, default=Path(default))
@@ -265,8 +269,10 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     if given.worker:
-        found = memory_of if given.memory else lambda way, shared: measure(way, shared, given.steps)
-        print(json.dumps(found(given.worker, given.shared)))
+        if given.memory:
+            print(json.dumps(memory_of(given.worker, given.shared, given.dtype)))
+        else:
+            print(json.dumps(measure(given.worker, given.shared, given.steps, given.dtype)))
         return
     _, rows = encoded(given.shared, paths(given.shared)[1])
     supervised = statistics.mean(sum(label != -100 for label in row.labels) for row in rows)
@@ -274,8 +280,8 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for turn in range(given.turns):
         for way in ways if turn % 2 == 0 else reversed(ways):
-            results[way].append(worker(way, given.shared, "--steps", str(given.steps)))
-    peaks = {way: int(worker(way, given.shared, "--memory")["peak"]) for way in ways}
+            results[way].append(worker(way, given.shared, "--steps", str(given.steps), "--dtype", given.dtype))
+    peaks = {way: int(worker(way, given.shared, "--memory", "--dtype", given.dtype)["peak"]) for way in ways}
     show(results, peaks, supervised)
 
 
