@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 from lorakit.errors import ConfigError
 from lorakit.methods import find_method
+from lorakit.training.config import TrainConfig
 from lorakit.training.costs import (
     Memory,
     Setup,
@@ -20,8 +21,10 @@ from lorakit.training.costs import (
 )
 from lorakit.training.costs.fit_memory import MARGIN, fits
 from lorakit.training.data.encode import EncodedRow
+from lorakit.training.fitting import choose_recompute
 from lorakit.training.memory import free_bytes, machine_bytes
 from lorakit.training.plan import Plan
+from lorakit.training.recipe import Recipe
 from lorakit.training.spec import TaskSpec
 
 
@@ -114,3 +117,32 @@ def test_what_surely_fits_is_above_the_simulated_memory() -> None:
     needed = simulate(setup, rows).memory.total
     assert surely_fits(CONFIG, NUM_PARAMETERS, 8, TOKENS, 2**30)
     assert not surely_fits(CONFIG, NUM_PARAMETERS, 8, TOKENS, 2 * needed)
+
+
+def recompute_of(free: int | None, **settings: object) -> tuple[bool, list[str]]:
+    """Return whether a batch of eight rows would be made again, and what the recipe says of it."""
+    recipe = Recipe(batch_size=8, micro_batch=8)
+    config = TrainConfig(**settings)  # type: ignore[arg-type]
+    choose_recompute(config, recipe, CONFIG, NUM_PARAMETERS, TOKENS, free)
+    return recipe.recompute, [choice.reason for choice in recipe.choices if choice.name == "recompute"]
+
+
+def test_activations_are_made_again_where_memory_is_not_ample() -> None:
+    assert recompute_of(2**30) == (False, [])
+    assert recompute_of(None) == (False, [])
+    on, reasons = recompute_of(2**24)
+    assert on
+    assert reasons == ["of 0.0 GiB free a step could take more than a quarter"]
+    assert recompute_of(2**24, micro_batch=8)[0]
+    assert recompute_of(2**24, compile=True) == (False, [])  # its compiler decides that
+
+
+@pytest.mark.parametrize("word", ["on", "off"])
+def test_making_activations_again_can_be_asked_for(word: str) -> None:
+    free = 2**30 if word == "on" else 2**24
+    assert recompute_of(free, recompute=word) == (word == "on", ["as asked"])
+
+
+def test_making_again_is_not_combined_with_compiling() -> None:
+    with pytest.raises(ConfigError, match="Leave one of them out"):
+        recompute_of(2**30, recompute="on", compile=True)
