@@ -91,12 +91,17 @@ def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         axes = figure.add_subplot(rows, columns, place + 1)
         style_axes(axes, LIGHT, "y")
         at = list(range(len(points)))
+        line = "-" if all(name.isdigit() for name in points) else ""  # between words there is nothing
         for way, colour in (("PEFT", LIGHT.validation), ("lorakit", LIGHT.adapted)):
             middle, first, third = zip(*(point["over"][way] for point in points.values()), strict=True)
-            axes.fill_between(at, first, third, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(at, middle, color=colour, marker="o", markersize=4, linewidth=1.6, label=way)
+            if line:
+                axes.fill_between(at, first, third, color=colour, alpha=0.18, linewidth=0)
+            else:
+                axes.vlines(at, first, third, color=colour, alpha=0.4, linewidth=4)
+            axes.plot(at, middle, color=colour, marker="o", markersize=4, linestyle=line, linewidth=1.6, label=way)
         floor = [point["floor"] for point in points.values()]
-        axes.plot(at, floor, color=LIGHT.muted, linestyle="--", linewidth=1.2, label="by count of operations")
+        words = {"linestyle": "--", "linewidth": 1.2} if line else {"linestyle": "", "marker": "_", "markersize": 14}
+        axes.plot(at, floor, color=LIGHT.muted, label="by count of operations", **words)
         axes.axhline(1.0, color=LIGHT.muted, linewidth=0.8)
         axes.set_xticks(at, list(points))
         axes.set_ylim(bottom=0.95)

@@ -108,13 +108,16 @@ class Branches(nn.Module):
 
     def replacement(self) -> ModuleCopy | None:
         """Return the one module copy that stands in for the host on all rows, or None."""
-        if self.active.merged or self.active.routing is not None:
+        if self.active.merged or self.active.routing is not None or not self._has_copies():
             return None
         acting = self._acting()
         if list(acting.values()) != [1.0]:
             return None
         branch = self._modules[next(iter(acting))]
         return branch if isinstance(branch, ModuleCopy) else None
+
+    def _has_copies(self) -> bool:
+        return any(type(branch) is ModuleCopy for branch in self._modules.values())
 
     def _acting(self) -> dict[str, float]:
         """Return the strength of every adapter here that acts on all rows."""

@@ -29,12 +29,15 @@ def fast_output(branches: Branches, host: nn.Module, args: tuple[Any, ...], kwar
     if not isinstance(x, Tensor) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return None
     readers = branches.active.readers
-    if (ready := readers.take(host)) is not None:
+    grad = torch.is_grad_enabled()  # without gradients layers compute one by one
+    if grad and (ready := readers.take(host)) is not None:
         return ready
     own = _adapted(branches, host, x)
     if own is None:
         return None
     first, p = own
+    if not grad:
+        return _computed(x, [first], p, readers.seed() if p > 0.0 else 0)[0]
 
     def compute(members: Sequence[nn.Module]) -> list[Tensor | None]:
         layers: list[Linear | None] = [first]
@@ -118,6 +121,8 @@ def _suits_triton(layer: Linear) -> bool:
 
 def _is_exotic(weight: Tensor) -> bool:
     """Tell whether a weight multiplies in a way of its own (a quantised tensor)."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return False
     from torch._subclasses import FakeTensor
 
-    return type(weight) not in (Tensor, nn.Parameter, FakeTensor)
+    return type(weight) is not FakeTensor

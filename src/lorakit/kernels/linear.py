@@ -28,8 +28,7 @@ from torch.nn import functional as F
 from lorakit.kernels.dropout import is_real, mask
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One update of a linear layer.
 
     Attributes:
@@ -42,8 +41,7 @@ class Pair:
     scale: float
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A frozen linear layer with its updates.
 
     Attributes:
@@ -72,6 +70,8 @@ def adapted_linears(x: Tensor, layers: Sequence[Linear], p: float = 0.0, seed: i
     Returns:
         ``[..., d_out]`` for each layer, in ``x``'s dtype.
     """
+    if p == 0.0 and not torch.is_grad_enabled():
+        return tuple(_output(x, layer) for layer in layers)
     tensors = [t for layer in layers for pair in layer.pairs for t in (pair.A, pair.B)]
     frozen = [layer.W for layer in layers]
     beside = [tensor for layer in layers for tensor in (layer.bias, layer.gain)]
@@ -83,6 +83,20 @@ def adapted_linears(x: Tensor, layers: Sequence[Linear], p: float = 0.0, seed: i
     )
     found: tuple[Tensor, ...] = _Adapted.apply(plan, x, *frozen, *beside, *tensors)  # type: ignore[no-untyped-call]
     return found
+
+
+def _output(x: Tensor, layer: Linear) -> Tensor:
+    """Return one layer's output where no gradient is asked for: the same products without the node around them."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(x, layer.W, layer.bias if layer.gain is None else None)
+    flat = y.view(-1, y.shape[-1])
+    for A, B, scale in layer.pairs:
+        H = rows @ _cast(A, x.dtype).t()
+        flat.addmm_(H if scale == 1.0 else H.mul_(scale), _cast(B, x.dtype).t())
+    if layer.gain is not None:
+        y.mul_(layer.gain)
+        y = y if layer.bias is None else y.add_(layer.bias)
+    return y
 
 
 @dataclass(frozen=True)
