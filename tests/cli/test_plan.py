@@ -63,6 +63,8 @@ def test_the_output_fits_80_columns_and_says_what_to_run(run: Run, place: Path) 
         f"lorakit train {place / 'decoder'} {place / 'answers.jsonl'} --rank 4 --batch-size 8"
     )
     assert "--micro-batch" in command
+    assert "--recompute on" in command
+    assert "recompute is on" in table
 
 
 def test_a_config_alone_is_enough(run: Run, place: Path, tmp_path: Path) -> None:

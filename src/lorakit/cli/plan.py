@@ -190,8 +190,10 @@ def _short(number: int) -> str:
 
 
 def _as_flags(settings: dict[str, Any], found: CostPlan) -> list[str]:
-    """Return the settings as flags of ``lorakit train``, with the micro-batch that was chosen."""
+    """Return the settings as flags of ``lorakit train``, with what was chosen for the memory."""
     values = dict(settings)
+    if any(choice.name == "recompute" and choice.value == "on" for choice in found.choices):
+        values["recompute"] = "on"
     if found.accumulation > 1:
         values["micro_batch"] = found.micro_batch
     words: list[str] = []

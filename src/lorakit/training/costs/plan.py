@@ -301,6 +301,8 @@ def _notes(
         )
     asked = columns[2].memory
     assert asked is not None
+    if recipe.recompute:
+        notes.append("recompute is on: what cheap operations made is made again in the backward pass")
     if free is not None and not fits(asked.total, free):
         notes.append("does not fit even with the smallest micro-batch: see the other columns, or more cards")
     if probing and measured is None:
