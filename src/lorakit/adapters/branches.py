@@ -132,8 +132,10 @@ class Branches(nn.Module):
     def plain_update(self, name: str) -> Update | None:
         """Return an adapter's update where it is one of the whole host, else None."""
         branch = self._modules[name]
-        whole = list(branch.each()) if isinstance(branch, Updates) else []
-        return whole[0][1] if len(whole) == 1 and whole[0][0] is self.ops else None
+        if not isinstance(branch, Updates) or len(branch.ops) != 1:
+            return None
+        ((place, ops),) = branch.ops.items()
+        return branch.at(place) if ops is self.ops else None
 
     def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the host computes with the adapters that act; ``forward`` is its own."""
