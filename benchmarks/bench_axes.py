@@ -16,6 +16,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from steps import NOISY, Case, changed, compare, ratio, spread  # the path comes first
+from steps import NOISY, Case, compare, ratio, spread  # the path comes first
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 AXES: dict[str, dict[str, dict[str, Any]]] = {
@@ -54,7 +55,7 @@ WAYS = ("limit", "lorakit", "PEFT")
 
 def measured(fields: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """Measure one point."""
-    case = changed(Case(), **fields)
+    case = replace(Case(), **fields)
     found = compare(case, WAYS, rounds, memory=False)
     limit = found["limit"]
     return {

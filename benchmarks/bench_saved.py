@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from steps import Case, Trainer, changed  # the path comes first
+from steps import Case, Trainer  # the path comes first
 
 LINES: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
@@ -48,7 +49,7 @@ def main() -> None:
     full = 0
     print(f"{'':12} {'':24} {'saved MiB':>10} {'of full':>8} {'loss':>9}")
     for way, fields in LINES:
-        trainer = Trainer(way, changed(usual, **fields))
+        trainer = Trainer(way, replace(usual, **fields))
         loss = [trainer.step() for _ in range(STEPS)][-1]
         saved = trainer.saved_bytes(body=True)
         full = saved if way == "full" else full

@@ -12,13 +12,13 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-RANK, ALPHA = 8, 16
+RANK = 8
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 WAYS = {
     "limit": "the frozen base: forward, and backward to its inputs; no adapter can beat it",
@@ -313,8 +313,3 @@ def spread(one: Measured) -> float:
         return 0.0
     first, middle, third = statistics.quantiles(one.seconds, n=4, method="inclusive")
     return (third - first) / 2 / middle
-
-
-def changed(case: Case, **fields: Any) -> Case:
-    """Return a case with some fields changed."""
-    return replace(case, **fields)

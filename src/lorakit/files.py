@@ -45,6 +45,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def existing_part(path: str | os.PathLike[str]) -> Path:
+    """Return as much of a path as is there already: its disk is the one that will be written to."""
+    place = Path(path).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Tell whether an error, of Python's or of safetensors' Rust code, says that the disk is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -51,21 +51,13 @@ from lorakit.training.prefix.trial import tried
 from lorakit.training.run_files import read_start
 from lorakit.training.spec import TaskSpec
 
+from .tiny import SIZES as TINY
+
 Build = Callable[..., nn.Module]
 Tokenizer = Callable[..., Any]
 Rows = Callable[..., list[dict[str, Any]]]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES: dict[str, Any] = {**TINY, "num_hidden_layers": 4}
 HEADS: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4}
 SHARING: dict[str, Any] = {**SIZES, "head_dim": 8, "laurel_rank": 4, "hidden_size_per_layer_input": 8}
 CLEAN: dict[str, Any] = {

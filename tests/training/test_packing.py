@@ -52,17 +52,8 @@ from lorakit.training.processes import Processes
 from lorakit.training.spec import TaskSpec
 from lorakit.training.stepper import Stepper
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from .tiny import SIZES
+
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 CLEAN: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES),

@@ -38,19 +38,10 @@ from lorakit.training.tasks.cross_entropy import PIECE_NUMBERS, summed_cross_ent
 from lorakit.training.tasks.shortcuts import NONE, Shortcuts, explained, frozen_head, head_of
 from lorakit.training.tasks.writing import Writing
 
+from .tiny import SIZES
+
 Build = Callable[..., nn.Module]
 BOTH = Shortcuts(supervised_only=True, without_mask=True)
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 CONFIGS: dict[str, Any] = {
     # Scores that the model scales or caps behind its head, positions that it reads off the mask, experts.
     "cohere": CohereConfig(**SIZES, logit_scale=0.3),

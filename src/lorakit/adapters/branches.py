@@ -117,7 +117,7 @@ class Branches(nn.Module):
         return branch if isinstance(branch, ModuleCopy) else None
 
     def _has_copies(self) -> bool:
-        return any(type(branch) is ModuleCopy for branch in self._modules.values())
+        return any(isinstance(branch, ModuleCopy) for branch in self._modules.values())
 
     def _acting(self) -> dict[str, float]:
         """Return the strength of every adapter here that acts on all rows."""

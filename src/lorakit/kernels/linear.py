@@ -16,7 +16,7 @@ and its gradient, which are narrow, costs less than scaling B and B's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,14 +88,24 @@ def adapted_linears(x: Tensor, layers: Sequence[Linear], p: float = 0.0, seed: i
 def _output(x: Tensor, layer: Linear) -> Tensor:
     """Return one layer's output where no gradient is asked for: the same products without the node around them."""
     rows = x.reshape(-1, x.shape[-1])
-    y = F.linear(x, layer.W, layer.bias if layer.gain is None else None)
-    flat = y.view(-1, y.shape[-1])
+    updates = []
     for A, B, scale in layer.pairs:
         H = rows @ _cast(A, x.dtype).t()
-        flat.addmm_(H if scale == 1.0 else H.mul_(scale), _cast(B, x.dtype).t())
-    if layer.gain is not None:
-        y.mul_(layer.gain)
-        y = y if layer.bias is None else y.add_(layer.bias)
+        updates.append((H if scale == 1.0 else H.mul_(scale), _cast(B, x.dtype)))
+    return _sum(x, layer.W, layer.bias, layer.gain, updates)
+
+
+def _sum(
+    x: Tensor, W: Tensor, bias: Tensor | None, gain: Tensor | None, updates: Iterable[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Return ``gain * (x W^T + sum H B^T) + bias``, the updates ``(H, B)`` added in place."""
+    y = F.linear(x, W, bias if gain is None else None)
+    flat = y.view(-1, y.shape[-1])
+    for H, B in updates:
+        flat.addmm_(H, B.t())
+    if gain is not None:
+        y.mul_(gain)
+        y = y if bias is None else y.add_(bias)
     return y
 
 
@@ -139,14 +149,8 @@ class _Adapted(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         A, Bs = _joined(pairs[0::2], x.dtype), _by_layer(plan, pairs[1::2], x.dtype)
         H = plan.scaled_(plan.dropped(rows) @ A.t())
-        out = []
-        for W, bias, gain, h, B in zip(weights, biases, gains, _split(H, plan.widths, 1), Bs, strict=True):
-            y = F.linear(x, W, bias if gain is None else None)
-            y.view(-1, y.shape[-1]).addmm_(h, B.t())
-            if gain is not None:
-                y.mul_(gain)
-                y = y if bias is None else y.add_(bias)
-            out.append(y)
+        parts = zip(weights, biases, gains, _split(H, plan.widths, 1), Bs, strict=True)
+        out = [_sum(x, W, bias, gain, [(h, B)]) for W, bias, gain, h, B in parts]
         needs = ctx.needs_input_grad[2 + 3 * n :]
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         ctx.dtypes = [tensor.dtype for tensor in pairs]

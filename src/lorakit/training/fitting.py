@@ -22,27 +22,31 @@ if TYPE_CHECKING:
 MOST_ROWS = 256
 
 
-def fit_micro_batch(
+def fit_memory(
     config: TrainConfig, recipe: Recipe, base: Base, spec: TaskSpec, method: Method, rows: Sequence[EncodedRow]
+) -> None:
+    """Choose what is kept for the backward pass, and the rows at a time, for the memory that is free."""
+    free = free_bytes(next(base.model.parameters()).device)
+    longest = sorted(rows, key=lambda row: -row.length)[:MOST_ROWS]
+    count = sum(p.numel() for p in base.model.parameters())
+    choose_recompute(config, recipe, base.model.config, count, longest[0].length if longest else 0, free)
+    if config.micro_batch is None and free is not None and longest:
+        _fit_micro_batch(recipe, base, setup_of(config, recipe, base, spec, method), longest, count, free)
+
+
+def _fit_micro_batch(
+    recipe: Recipe, base: Base, setup: Setup, longest: Sequence[EncodedRow], count: int, free: int
 ) -> None:
     """Lower ``recipe.micro_batch`` to what the memory holds of the longest rows, and say so.
 
-    Nothing is done where it was asked for, where the memory is plainly ample, or where the system does not say how
-    much there is. A model that cannot be simulated keeps the recipe's choice; the step that is measured before the
-    training halves it if need be.
+    Nothing is done where the memory is plainly ample. A model that cannot be simulated keeps the recipe's choice; the
+    step that is measured before the training halves it if need be.
     """
-    parameter = next(base.model.parameters())
-    free = free_bytes(parameter.device)
-    if config.micro_batch is not None or free is None or not rows:
-        return
-    longest = sorted(rows, key=lambda row: -row.length)[:MOST_ROWS]
-    count = sum(p.numel() for p in base.model.parameters())
     if surely_fits(base.model.config, count, recipe.batch_size, longest[0].length, free):
         if recipe.micro_batch != recipe.batch_size:
             recipe.micro_batch = recipe.batch_size
             recipe.say("micro_batch", recipe.micro_batch, f"{free / 2**30:.1f} GiB are free: far more than needed")
         return
-    setup = setup_of(config, recipe, base, spec, method)
     own = sum(p.numel() * p.element_size() for p in base.model.parameters())
     try:
         micro, parts = fitting_micro_batch(setup, longest, recipe.batch_size, free + own)

@@ -314,7 +314,7 @@ def tried(
         batches = [[each] for each in sequences] if collate.whole else [sequences]
         packed = torch.cat([scores(collate.joined(each)) for each in batches])
         one, two = (scores(padded([row]))[0, : len(row.input_ids)] for row in (first, second))
-        neighbour = _apart(packed[1, size:], packed[0, size:])
+        neighbour = apart(packed[1, size:], packed[0, size:])
         losses, gradients = [], []
         for batch in (padded(sequences[0]), collate.joined(sequences[:1])):
             with torch.enable_grad():
@@ -324,16 +324,16 @@ def tried(
             gradients.append(torch.cat([each.float().flatten() for each in found if each is not None])[None])
     return Trial(
         type(model).__name__,
-        _apart(torch.cat([packed[0], packed[2]]), torch.cat([one, two, two, one])),
+        apart(torch.cat([packed[0], packed[2]]), torch.cat([one, two, two, one])),
         neighbour,
-        _apart(gradients[1], gradients[0]),
-        _apart(losses[1], losses[0]),
+        apart(gradients[1], gradients[0]),
+        apart(losses[1], losses[0]),
         takes,
         TOLERANCES.get(packed.dtype, 0.0),
     )
 
 
-def _apart(found: Tensor, expected: Tensor) -> float:
+def apart(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference of a row, ``[N, width]``, as a share of its size; infinite where not finite."""
     difference, size = (found.float() - expected.float()).norm(dim=-1), expected.float().norm(dim=-1)
     shares = torch.where(difference == 0, difference, difference / size)

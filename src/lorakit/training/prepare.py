@@ -19,6 +19,7 @@ from lorakit.bases.source import check_folder, config_values, local_folder
 from lorakit.bases.tokenizer import ensure_padding, load_tokenizer
 from lorakit.bases.vocabulary import add_tokens
 from lorakit.errors import AdapterError, ConfigError, DataError, ModelError, TrainingError, quoted
+from lorakit.files import existing_part
 from lorakit.methods import Method
 from lorakit.training import recipe as recipes
 from lorakit.training.config import TrainConfig
@@ -29,8 +30,8 @@ from lorakit.training.data.read import read_splits, read_table, table_from_rows
 from lorakit.training.data.split import split_rows
 from lorakit.training.data.table import Row, Table
 from lorakit.training.diagnosis import rate_far_off
-from lorakit.training.fitting import choose_recompute, fit_micro_batch
-from lorakit.training.memory import free_bytes, machine_bytes
+from lorakit.training.fitting import fit_memory
+from lorakit.training.memory import machine_bytes
 from lorakit.training.observe import Observer
 from lorakit.training.processes import local_device
 from lorakit.training.recipe import Recipe
@@ -105,9 +106,7 @@ def prepare(
     width = int(base.model.config.get_text_config().hidden_size)
     count = sum(parameter.numel() for parameter in base.model.parameters())
     recipes.choose_steps(config, recipe, task.usual, len(encoded.rows), width, count)
-    longest, free = max((row.length for row in encoded.rows), default=0), free_bytes(base.model.device)
-    choose_recompute(config, recipe, base.model.config, count, longest, free)
-    fit_micro_batch(config, recipe, base, spec, method, encoded.rows)
+    fit_memory(config, recipe, base, spec, method, encoded.rows)
     recipes.choose_packing(config, recipe, spec.kind, base.model.config, [row.length for row in encoded.rows])
     notes = [*encoded.notes, *encoded_held.notes]
     far = rate_far_off(recipe.lr, recipe.usual_lr)
@@ -281,9 +280,7 @@ def check_space(output: str | None) -> None:
     """
     if output is None:
         return
-    place = Path(output).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
+    place = existing_part(output)
     free = shutil.disk_usage(place).free
     if free < LEAST_FREE_BYTES:
         raise TrainingError(

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lorakit.adapters import Handle
 from lorakit.errors import ConfigError, bullet_list
+from lorakit.files import existing_part
 from lorakit.training.config import TrainConfig
 from lorakit.training.data.encoded import EncodedRow
 from lorakit.training.mode import training_mode
-from lorakit.training.packing import batching_of
+from lorakit.training.packing import apart, batching_of
 from lorakit.training.prefix.blocks import hidden_of, joined
 from lorakit.training.prefix.cached import CachedPrefix, padded_states
 from lorakit.training.prefix.find import find_prefix
@@ -98,8 +99,7 @@ def tried_prefix(
 
 def room_of(output: str | None) -> Path:
     """Return the folder in which there must be room: the run folder's, as far as it is there, or one for a while."""
-    place = Path(tempfile.gettempdir()) if output is None else Path(output).expanduser().absolute()
-    return next(folder for folder in (place, *place.parents) if folder.is_dir())
+    return existing_part(tempfile.gettempdir() if output is None else output)
 
 
 def _check_use(prepared: Prepared, config: TrainConfig, processes: Processes) -> None:
@@ -175,15 +175,13 @@ def tried(cached: CachedPrefix, rows: Sequence[EncodedRow]) -> Trial:
         for states in (whole[0], joined(alone, places, shape)):
             with prefix.answering(states):
                 losses.append(loss())
-    apart = [_apart(torch.tensor(each), torch.tensor(plain)) for each in losses[1:]]
-    difference = _apart(torch.cat(alone), torch.cat(inside))
+    shares = [_whole(torch.tensor(each), torch.tensor(plain)) for each in losses[1:]]
+    difference = _whole(torch.cat(alone), torch.cat(inside))
     # A block that is run twice in a pass gives two outputs, of which one is kept.
-    same = apart[0] if len(whole) == 1 else math.inf
-    return Trial(type(model).__name__, same, apart[1], difference, TOLERANCES.get(prefix.dtype, 0.0))
+    same = shares[0] if len(whole) == 1 else math.inf
+    return Trial(type(model).__name__, same, shares[1], difference, TOLERANCES.get(prefix.dtype, 0.0))
 
 
-def _apart(found: Tensor, expected: Tensor) -> float:
-    """Return the root mean square of a difference, as a share of what is expected; infinite where not finite."""
-    difference, size = (found.float() - expected.float()).norm(), expected.float().norm()
-    share = 0.0 if not difference else float(difference / size)
-    return share if math.isfinite(share) else math.inf
+def _whole(found: Tensor, expected: Tensor) -> float:
+    """Return how far a tensor is from another one as a whole."""
+    return apart(found.reshape(1, -1), expected.reshape(1, -1))
