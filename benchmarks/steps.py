@@ -22,6 +22,7 @@ RANK = 8
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 WAYS = {
     "limit": "the frozen base: forward, and backward to its inputs; no adapter can beat it",
+    "limit, quick": "the same with lorakit's gradient of attention, which helps frozen bases too",
     "lorakit": "lorakit",
     "recompute": "lorakit, with what is cheap made again in the backward pass",
     "plain": "lorakit with its fast paths off",
@@ -160,10 +161,12 @@ def _parametrize(model: nn.Module, case: Case) -> None:
 @contextlib.contextmanager
 def _paths(way: str) -> Iterator[None]:
     from lorakit import kernels
+    from lorakit.kernels.attention import quick_attention
     from lorakit.kernels.recompute import recomputing
 
     keeping = recomputing() if way == "recompute" else contextlib.nullcontext()
-    with kernels.use("plain" if way == "plain" else "fast"), keeping:
+    attention = quick_attention() if way in ("lorakit", "recompute", "limit, quick") else contextlib.nullcontext()
+    with kernels.use("plain" if way == "plain" else "fast"), keeping, attention:
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.kernels.attention import quick_attention
 from lorakit.kernels.recompute import recomputing
 
 
@@ -17,7 +18,8 @@ def training_mode(model: nn.Module, grad_checkpointing: bool, recompute: bool = 
 
     With ``grad_checkpointing`` the activations inside its blocks are not kept but computed again in the backward pass
     (Chen et al. 2016, arXiv 1604.06174), in the form that composes with frozen embeddings. With ``recompute`` only what
-    cheap operations made is not kept, see :mod:`lorakit.kernels.recompute`.
+    cheap operations made is not kept, see :mod:`lorakit.kernels.recompute`. Attention on a CPU takes its gradient as
+    :mod:`lorakit.kernels.attention` says.
     """
     switch: Any = model
     # transformers 5 has other names for both, and warns of the old ones.
@@ -29,7 +31,7 @@ def training_mode(model: nn.Module, grad_checkpointing: bool, recompute: bool = 
         # This form needs no gradient of the embeddings' output, which would reach below the lowest adapted layer.
         switch.disable_input_require_grads()
     try:
-        with keeping:
+        with keeping, quick_attention():
             yield
     finally:
         if grad_checkpointing:
