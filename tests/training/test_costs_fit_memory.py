@@ -141,8 +141,3 @@ def test_activations_are_made_again_where_memory_is_not_ample() -> None:
 def test_making_activations_again_can_be_asked_for(word: str) -> None:
     free = 2**30 if word == "on" else 2**24
     assert recompute_of(free, recompute=word) == (word == "on", ["as asked"])
-
-
-def test_making_again_is_not_combined_with_compiling() -> None:
-    with pytest.raises(ConfigError, match="Leave one of them out"):
-        recompute_of(2**30, recompute="on", compile=True)

@@ -321,32 +321,24 @@ def test_rows_that_cannot_share_a_sequence_are_padded(quick_fit: Any, kind: str,
     assert reason in choice.reason
 
 
-def test_packing_and_compiling_exclude_each_other(quick_fit: Any) -> None:
-    with pytest.raises(ConfigError, match="packing 'on' and compile"):
-        quick_fit("llama", "prompted", packing="on", compile=True)
-
-
 TASK = TaskSpec("generation", max_length=64).kind
 FLASH = LlamaConfig(**SIZES, attn_implementation="sdpa")
 FLASH._attn_implementation_internal = "flash_attention_2"
 
 
 @pytest.mark.parametrize(
-    ("config", "device", "compiled", "spared", "packs"),
+    ("config", "device", "spared", "packs"),
     [
-        (CLEAN["llama"], "cpu", False, 0.2, True),
-        (CLEAN["llama"], "cpu", False, 0.01, False),
-        (CLEAN["llama"], "cpu", True, 0.2, False),
-        (CLEAN["llama"], "cuda", False, 0.2, False),
-        (FLASH, "cuda:1", False, 0.01, True),
+        (CLEAN["llama"], "cpu", 0.2, True),
+        (CLEAN["llama"], "cpu", 0.01, False),
+        (CLEAN["llama"], "cuda", 0.2, False),
+        (FLASH, "cuda:1", 0.01, True),
     ],
-    ids=["spread", "alike", "compiled", "a GPU with a mask", "a GPU by length"],
+    ids=["spread", "alike", "a GPU with a mask", "a GPU by length"],
 )
-def test_unasked_it_packs_where_that_was_measured_to_pay(
-    config: Any, device: str, compiled: bool, spared: float, packs: bool
-) -> None:
+def test_unasked_it_packs_where_that_was_measured_to_pay(config: Any, device: str, spared: float, packs: bool) -> None:
     found = Positions(800, 1000, round(1000 * (1 - spared)))
-    assert decided("auto", TASK, config, device, compiled, found)[0] is packs
+    assert decided("auto", TASK, config, device, found)[0] is packs
 
 
 def test_positions_are_those_of_the_batches_that_a_run_makes() -> None:

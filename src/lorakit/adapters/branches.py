@@ -147,8 +147,8 @@ class Branches(nn.Module):
                 return self._routed_by_weight(self.ops, routing, host, forward, args, kwargs)
             tensors = self._tensors(host, self._acting())
             return self.ops.run(host, forward, tensors, args, kwargs) if tensors else forward(*args, **kwargs)
-        if routing is None and not torch.compiler.is_compiling():
-            if isinstance(x := _input(args, kwargs), Tensor):
+        if routing is None:
+            if not torch.compiler.is_compiling() and isinstance(x := _input(args, kwargs), Tensor):
                 self.active.readers.enter(host, x)
             if (found := fast_output(self, host, args, kwargs)) is not None:
                 return found

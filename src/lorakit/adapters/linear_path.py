@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.kernels import fast
+from lorakit.kernels.compiled import compiled_linear
 from lorakit.kernels.linear import Linear, Pair, adapted_linears
 from lorakit.layers.linear import LinearOps
 
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 
 def fast_output(branches: Branches, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return what an adapted linear layer gives for its input, or None where this path does not apply."""
-    if not fast() or len(args) + len(kwargs) != 1 or torch.compiler.is_compiling():
+    if not fast() or len(args) + len(kwargs) != 1:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(x, Tensor) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return None
+    if torch.compiler.is_compiling():
+        return _for_compiler(branches, host, x)
     readers = branches.active.readers
     grad = torch.is_grad_enabled()  # without gradients layers compute one by one
     if grad and (ready := readers.take(host)) is not None:
@@ -50,6 +53,16 @@ def fast_output(branches: Branches, host: nn.Module, args: tuple[Any, ...], kwar
         return [None if layer is None else next(outputs) for layer in layers]
 
     return readers.outputs(host, compute)
+
+
+def _for_compiler(branches: Branches, host: nn.Module, x: Tensor) -> Tensor | None:
+    """Return a layer's output as one operation of the compiler's graph, where it has one pair and no gain."""
+    if any(update is None or update.scales_rows for update, _ in branches.plain_updates()):
+        return None
+    found = _adapted(branches, host, x)
+    if found is None or len(found[0].pairs) != 1 or not torch.is_grad_enabled():
+        return None
+    return compiled_linear(x, *found)
 
 
 def watch_output(branches: Branches, host: nn.Module, out: Any) -> None:

@@ -75,7 +75,7 @@ def adapted_linears(x: Tensor, layers: Sequence[Linear], p: float = 0.0, seed: i
     tensors = [t for layer in layers for pair in layer.pairs for t in (pair.A, pair.B)]
     frozen = [layer.W for layer in layers]
     beside = [tensor for layer in layers for tensor in (layer.bias, layer.gain)]
-    plan = _Plan(
+    plan = Plan(
         scales=tuple(tuple(pair.scale / (1.0 - p) for pair in layer.pairs) for layer in layers),
         ranks=tuple(tuple(pair.A.shape[0] for pair in layer.pairs) for layer in layers),
         p=p,
@@ -92,10 +92,10 @@ def _output(x: Tensor, layer: Linear) -> Tensor:
     for A, B, scale in layer.pairs:
         H = rows @ _cast(A, x.dtype).t()
         updates.append((H if scale == 1.0 else H.mul_(scale), _cast(B, x.dtype)))
-    return _sum(x, layer.W, layer.bias, layer.gain, updates)
+    return with_update(x, layer.W, layer.bias, layer.gain, updates)
 
 
-def _sum(
+def with_update(
     x: Tensor, W: Tensor, bias: Tensor | None, gain: Tensor | None, updates: Iterable[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Return ``gain * (x W^T + sum H B^T) + bias``, the updates ``(H, B)`` added in place."""
@@ -110,7 +110,15 @@ def _sum(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """How the updates of some layers are taken.
+
+    Attributes:
+        scales: each pair's, with ``1 / (1 - p)`` in it, by layer; ``ranks`` alike.
+        p: probability with which their input is dropped.
+        seed: says where.
+    """
+
     scales: tuple[tuple[float, ...], ...]
     ranks: tuple[tuple[int, ...], ...]
     p: float
@@ -135,6 +143,7 @@ class _Plan:
         return x * self.mask(x) if self.p > 0.0 else x
 
     def mask(self, x: Tensor) -> Tensor:
+        """Return the mask of an input."""
         return mask(x.shape, self.p, self.seed, x.dtype, x.device)
 
 
@@ -142,15 +151,15 @@ class _Adapted(torch.autograd.Function):
     """Its tensors: all W, bias and gain of each layer, A and B of each pair."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(plan.ranks)
         weights, biases, gains = tensors[:n], tensors[n : 3 * n : 2], tensors[n + 1 : 3 * n : 2]
         pairs = tensors[3 * n :]
         rows = x.reshape(-1, x.shape[-1])
         A, Bs = _joined(pairs[0::2], x.dtype), _by_layer(plan, pairs[1::2], x.dtype)
-        H = plan.scaled_(plan.dropped(rows) @ A.t())
+        H = low(plan, rows, A)
         parts = zip(weights, biases, gains, _split(H, plan.widths, 1), Bs, strict=True)
-        out = [_sum(x, W, bias, gain, [(h, B)]) for W, bias, gain, h, B in parts]
+        out = [with_update(x, W, bias, gain, [(h, B)]) for W, bias, gain, h, B in parts]
         needs = ctx.needs_input_grad[2 + 3 * n :]
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         ctx.dtypes = [tensor.dtype for tensor in pairs]
@@ -174,8 +183,8 @@ class _Adapted(torch.autograd.Function):
         x, H, A, *rest = ctx.saved_tensors
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         needs = ctx.needs_input_grad
-        found = _Gradients(ctx.plan, rows, H, A, needs[1], list(needs[2 + 3 * n :]))
-        layers = [_Layer(*rest[i::n]) for i in range(n)]
+        found = Gradients(ctx.plan, rows, H, A, needs[1], list(needs[2 + 3 * n :]))
+        layers = [Kept(*rest[i::n]) for i in range(n)]
         for i, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
             if grad is None:
                 found.skip(i)
@@ -186,7 +195,7 @@ class _Adapted(torch.autograd.Function):
         return None, gx, *[None] * n, *found.beside, *typed
 
 
-class _Layer(NamedTuple):
+class Kept(NamedTuple):
     """What is kept of one layer; ``bias`` and ``out`` only beside a gain."""
 
     B: Tensor
@@ -196,11 +205,11 @@ class _Layer(NamedTuple):
     out: Tensor | None
 
 
-class _Gradients:
+class Gradients:
     """The gradients of one node, gathered layer by layer in as few buffers as they need."""
 
     def __init__(
-        self, plan: _Plan, rows: Tensor | None, H: Tensor | None, A: Tensor, needs_x: bool, needs: list[bool]
+        self, plan: Plan, rows: Tensor | None, H: Tensor | None, A: Tensor, needs_x: bool, needs: list[bool]
     ) -> None:
         self.plan, self.rows, self.A, self.needs_x = plan, rows, A, needs_x
         self.needs_A, self.needs_B = needs[0::2], needs[1::2]
@@ -216,7 +225,7 @@ class _Gradients:
         self.beside += [None, None]
         self.gBs += [None] * len(self.plan.ranks[i])
 
-    def take(self, i: int, layer: _Layer, gy: Tensor, needs_bias: bool) -> None:
+    def take(self, i: int, layer: Kept, gy: Tensor, needs_bias: bool) -> None:
         """Add what a layer's ``[tokens, d_out]`` gradient brings."""
         ranks, h = self.plan.ranks[i], self.parts[i]
         self.beside += [gy.sum(dim=0) if needs_bias else None, self._of_gain(layer, gy, h)]
@@ -230,7 +239,7 @@ class _Gradients:
         else:
             self.gBs += [part.t() for part in _split(h.t() @ gy, ranks, 0)]
 
-    def _of_gain(self, layer: _Layer, gy: Tensor, h: Tensor | None) -> Tensor | None:
+    def _of_gain(self, layer: Kept, gy: Tensor, h: Tensor | None) -> Tensor | None:
         """Return ``sum gy * u`` over the tokens, ``u = (out - bias) / gain`` what was multiplied by the gain.
 
         Where a gain is exactly 0 its row of ``u`` is computed again.
@@ -274,7 +283,12 @@ def _joined(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return _cast(As[0], dtype) if len(As) == 1 else torch.cat([_cast(A, dtype) for A in As])
 
 
-def _by_layer(plan: _Plan, Bs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def low(plan: Plan, rows: Tensor, A: Tensor) -> Tensor:
+    """Return ``H``, ``[tokens, ranks]``, of the rows of an input."""
+    return plan.scaled_(plan.dropped(rows) @ A.t())
+
+
+def _by_layer(plan: Plan, Bs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return each layer's B, one beside the other, ``[d_out, ranks]``."""
     found, given = [], iter(Bs)
     for ranks in plan.ranks:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from lorakit.errors import ConfigError, did_you_mean, quoted
 from lorakit.inits import find_init
@@ -57,7 +58,7 @@ class TrainConfig(Settings):
         grad_checkpointing: save memory by computing activations twice.
         recompute: make what cheap operations made again in the backward pass, to the bit, instead of keeping it: 'on',
             'off', or 'auto' where memory is not ample.
-        compile: run the model through ``torch.compile``.
+        compile: run the model's blocks through ``torch.compile``: faster steps after a while of compiling.
         validation: a file of rows to validate on, or the share of the rows to split off.
         max_length: tokens per row; None takes the model's context (at most 512 for classification).
         dtype: of the base's weights: 'fp32', 'bf16', 'fp16'; ``device``: 'cpu', 'cuda', ...
@@ -181,6 +182,12 @@ class TrainConfig(Settings):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
             raise ValueError("give a share of the rows between 0 and 1, or a file")
         return value
+
+    @model_validator(mode="after")
+    def _one_who_makes_again(self) -> Self:
+        if self.compile and self.recompute == "on":
+            raise ValueError("recompute 'on' and compile: the compiler decides what is made again. Leave one out")
+        return self
 
     def attaching(self, heads: Sequence[str]) -> dict[str, Any]:
         """Return how the adapter is put on a model, as ``lorakit.attach`` takes it; ``heads`` train in full too."""

@@ -81,16 +81,15 @@ def with_time(
 ) -> Planned:
     """Add the seconds of the training without its evaluations: those of a real pass, by tokens, times all steps.
 
-    Processes share the rows of a step. A compiled model takes another time, which is not estimated.
+    Processes share the rows of a step. What the compiler gains is not in it.
     """
-    if config.compile:
-        return replace(planned, seconds_from="not estimated for a compiled model")
     recipe, task, rows = prepared.recipe, prepared.spec.kind, prepared.train
     per_epoch = math.ceil(len(rows) / recipe.batch_size)
     tokens = sum(task.size(row) for row in rows) * recipe.num_steps / per_epoch
     micro = _micro_batch(prepared, config)
     per_token = seconds_per_token(prepared, handle, name, micro, config.grad_checkpointing)
     reason = f"by the tokens of one real pass over the longest {wording(micro)}"
+    reason += ", not compiled" if config.compile else ""
     return replace(planned, seconds=per_token * tokens / processes, seconds_from=reason)
 
 

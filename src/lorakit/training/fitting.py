@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.bases import Base
-from lorakit.errors import ConfigError, ModelError
+from lorakit.errors import ModelError
 from lorakit.methods import Method
 from lorakit.training.config import TrainConfig
 from lorakit.training.costs import Setup, fitting_micro_batch, surely_fits
@@ -77,12 +77,7 @@ def choose_recompute(
         num_parameters: of the base.
         longest: tokens in the longest row.
         free: bytes of memory; None where the system does not say.
-
-    Raises:
-        ConfigError: asked for with a compiled model.
     """
-    if config.compile and config.recompute == "on":
-        raise ConfigError("recompute is the compiler's with compile. Leave one of them out.")
     if config.recompute != "auto":
         recipe.recompute = config.recompute == "on"
         recipe.say("recompute", config.recompute, "as asked")

@@ -134,7 +134,8 @@ class _Loop:
     def _goes_on(self, interrupts: Interrupts) -> bool:
         """Do what is due between two steps; return whether another step follows."""
         progress = self.diary.progress
-        stops, waited = self._agreed(interrupts.asked, time.monotonic() - self.saved_s > SAVE_SECONDS)
+        waited = time.monotonic() - self.saved_s > SAVE_SECONDS
+        stops, waited = self.processes.anywhere(interrupts.asked, waited, device=self.stepper.device)
         over = progress.step >= self.plan.num_steps
         measured = False
         if progress.unmeasured and (over or not stops):
@@ -147,13 +148,6 @@ class _Loop:
             with interrupts.held():
                 self._save()
         return not (ended or stops)
-
-    def _agreed(self, *flags: bool) -> tuple[bool, ...]:
-        """Return for each flag whether it is set in any process."""
-        if not self.processes.several:
-            return flags
-        found = self.processes.add(torch.tensor([int(flag) for flag in flags], device=self.stepper.device))
-        return tuple(bool(count) for count in found.tolist())
 
     def _step(self, interrupts: Interrupts) -> None:
         begun = time.perf_counter()

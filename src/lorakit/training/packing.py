@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.bases.quiet import quiet_transformers
-from lorakit.errors import ConfigError
 from lorakit.text.generate import evaluating
 from lorakit.training.data.batches import BatchOrder, Collator
 from lorakit.training.data.encode import IGNORED, EncodedRow
@@ -196,7 +195,7 @@ def positions_of(
 
 
 def decided(
-    asked: str, task: Task, model_config: PretrainedConfig, device: str, compiled: bool, found: Positions | None
+    asked: str, task: Task, model_config: PretrainedConfig, device: str, found: Positions | None
 ) -> tuple[bool, str]:
     """Return whether a run packs, and the reason.
 
@@ -205,26 +204,15 @@ def decided(
         task: what is learned.
         model_config: of the model that learns it.
         device: where.
-        compiled: through ``torch.compile``.
         found: what packing spares; None where rows cannot be packed.
-
-    Raises:
-        ConfigError: packing of a compiled model was asked for.
     """
     if asked == "off":
         return False, "as asked"
     if found is None:
         return False, obstacle(task, model_config) or ""
-    if compiled and asked == "on":
-        raise ConfigError(
-            "packing 'on' and compile cannot be combined: sequences of ever other lengths would be compiled anew. "
-            "Leave one of them out."
-        )
     spares = f"it spares {100 * found.spared:.1f} % of the positions; rows of like length have {_padding(found)}"
     if asked == "on":
         return True, f"as asked; {spares}"
-    if compiled:
-        return False, "a compiled model takes few shapes"
     if takes_lengths(model_config) and device.startswith("cuda"):
         return True, "this attention takes examples by length, without any padding"
     if device.startswith("cuda"):

@@ -28,7 +28,7 @@ class Plan:
         packing: several examples make one sequence, see ``lorakit.training.packing``.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them.
         recompute: make what cheap operations made again in the backward pass.
-        compile: compile the model with ``torch.compile``.
+        compile: run the model's blocks through ``torch.compile``, see ``lorakit.training.compiling``.
         halve_micro_at: the step from which ``micro_batch`` is half of it, because memory ran out there before.
         usual_lr: what the recipe would take as ``lr``; None where it is not known.
     """

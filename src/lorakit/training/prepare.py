@@ -22,6 +22,7 @@ from lorakit.errors import AdapterError, ConfigError, DataError, ModelError, Tra
 from lorakit.files import existing_part
 from lorakit.methods import Method
 from lorakit.training import recipe as recipes
+from lorakit.training.compiling import CompiledBlocks, check_compiler
 from lorakit.training.config import TrainConfig
 from lorakit.training.data.detect import detect_task
 from lorakit.training.data.encode import EncodedRow
@@ -266,8 +267,11 @@ def check_options(model: nn.Module, config: TrainConfig) -> None:
     """Refuse options that this model does not have.
 
     Raises:
-        ConfigError: gradient checkpointing of a model without it.
+        ConfigError: gradient checkpointing of a model without it; compiling without blocks or a compiler.
     """
+    if config.compile:
+        CompiledBlocks(model)
+        check_compiler(next(model.parameters()).device.type)
     if config.grad_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing. Leave grad_checkpointing out.")
 

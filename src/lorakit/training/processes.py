@@ -61,6 +61,12 @@ class Processes:
             _talked(lambda: dist.all_reduce(values))
         return values
 
+    def anywhere(self, *flags: bool, device: torch.device) -> tuple[bool, ...]:
+        """Return for each flag whether it is set in any process."""
+        if not self.several:
+            return flags
+        return tuple(bool(count) for count in self.add(torch.tensor([int(f) for f in flags], device=device)).tolist())
+
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Add up the gradients over all processes; where one has none it counts as zero."""
         if not self.several:

@@ -206,16 +206,12 @@ def _choose_batch(config: TrainConfig, recipe: Recipe, usual: Usual, num_rows: i
 def choose_packing(
     config: TrainConfig, recipe: Recipe, task: Task, model_config: PretrainedConfig, lengths: Sequence[int]
 ) -> None:
-    """Decide whether the rows of a micro-batch, with so many tokens each, share sequences.
-
-    Raises:
-        ConfigError: see :func:`lorakit.training.packing.decided`.
-    """
+    """Decide whether the rows of a micro-batch, with so many tokens each, share sequences."""
     found = None
     if config.packing != "off" and obstacle(task, model_config) is None and lengths:
         collate = PackingCollator(task.collator(0), takes_lengths(model_config))
         found = positions_of(lengths, recipe.batch_size, recipe.micro_batch, config.seed, collate)
-    recipe.packing, reason = decided(config.packing, task, model_config, recipe.device, config.compile, found)
+    recipe.packing, reason = decided(config.packing, task, model_config, recipe.device, found)
     if recipe.packing or config.packing != "auto":
         recipe.say("packing", "on" if recipe.packing else "off", reason)
 

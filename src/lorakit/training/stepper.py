@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lorakit.adapters import Handle
 from lorakit.errors import TrainingError
 from lorakit.training import diagnosis
+from lorakit.training.compiling import CompiledBlocks, shown
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.optimizers import load_state_tensors, optimizer_for, state_tensors
@@ -68,7 +69,7 @@ class Stepper:
         self.named = handle.parameters(name)
         self.parameters = list(self.named.values())
         self.device = next(handle.model.parameters()).device
-        self.model: nn.Module = torch.compile(handle.model) if plan.compile else handle.model  # type: ignore[assignment]
+        self.model, self.compiled = handle.model, CompiledBlocks(handle.model) if plan.compile else None
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.dtype == "fp16")
         self.count, self.cached = 0, cached
@@ -104,9 +105,12 @@ class Stepper:
         if self.shortcuts is None:
             self._take_shortcuts(rows)
             show_readers(self.handle, self.task, self.collate, rows, self.parameters)
+            if self.compiled is not None:
+                tried = shown(rows, self.task.spec.max_length)
+                self.compiled.try_out(lambda: self._loss(tried), self.parameters, self.device)
         before = Randomness.now(self.device)
         total, problem = self._tried(rows)
-        while self._anywhere(problem is not None):
+        while any(self.processes.anywhere(problem is not None, device=self.device)):
             self._back_off(rows, problem)
             before.restore(self.device)
             total, problem = self._tried(rows)
@@ -143,9 +147,8 @@ class Stepper:
     def tensors(self) -> dict[str, Tensor]:
         """Return what the optimizer and the method remember: copies on the CPU."""
         found = {f"optimizer/{key}": tensor for key, tensor in state_tensors(self.optimizer, self.named).items()}
-        return found | {
-            f"method/{key}": tensor.detach().to("cpu", copy=True) for key, tensor in self.rule.state().items()
-        }
+        of_method = self.rule.state().items()
+        return found | {f"method/{key}": tensor.detach().to("cpu", copy=True) for key, tensor in of_method}
 
     def load(self, count: int, micro_batch: int, halved: bool, tensors: Mapping[str, Tensor], scaler: Any) -> None:
         """Go on from ``count`` steps with what :meth:`tensors` returned and the scaler's numbers."""
@@ -172,14 +175,14 @@ class Stepper:
 
     def _take_shortcuts(self, rows: Sequence[EncodedRow]) -> None:
         self.shortcuts = self.task.shortcuts(self.model, self.collate, rows)
-        missed = explained(self.shortcuts, self.task.possible_shortcuts(self.model))
-        if missed is not None:
+        if (missed := explained(self.shortcuts, self.task.possible_shortcuts(self.model))) is not None:
             self.told("shortcuts", missed)
 
     def _tried(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, str | None]:
         """Add up the gradients of this process's share; return its part of the loss, and the problem if memory ends."""
         try:
-            return self._backward(rows), None
+            with contextlib.nullcontext() if self.compiled is None else self.compiled.running():
+                return self._backward(rows), None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -187,14 +190,17 @@ class Stepper:
         self._forget()
         return torch.zeros((), dtype=torch.float64, device=self.device), problem
 
+    def _loss(self, rows: Sequence[EncodedRow]) -> Tensor:
+        batch = {key: value.to(self.device) for key, value in self.batching(rows).items()}
+        with contextlib.nullcontext() if self.cached is None else self.cached.skipped(rows, batch):
+            return self.task.loss(self.model, batch, self.shortcuts or NONE)
+
     def _backward(self, rows: Sequence[EncodedRow]) -> Tensor:
         units = max(1, sum(self.task.units(row) for row in rows))
         parts = _parts(rows, self.micro_batch, self.processes)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
-            batch = {key: value.to(self.device) for key, value in self.batching(part).items()}
-            with contextlib.nullcontext() if self.cached is None else self.cached.skipped(part, batch):
-                loss = self.task.loss(self.model, batch, self.shortcuts or NONE) / units
+            loss = self._loss(part) / units
             if not loss.requires_grad:
                 raise TrainingError(diagnosis.unreached().text)
             if self.processes.main and i == len(parts) - 1:
@@ -203,11 +209,6 @@ class Stepper:
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
-
-    def _anywhere(self, flag: bool) -> bool:
-        if not self.processes.several:
-            return flag
-        return bool(self.processes.add(torch.tensor([int(flag)], device=self.device)))
 
     def _back_off(self, rows: Sequence[EncodedRow], problem: str | None) -> None:
         """Halve the micro-batches, or raise where that has been done, or cannot be.
