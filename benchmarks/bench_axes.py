@@ -5,6 +5,10 @@ each point the frozen base (forward, and backward to its inputs), lorakit and PE
 'floor' is lorakit's matrix products over the base's, by count. Results go to a JSON file, from which the picture can
 be drawn again.
 
+Two more axes have bench_routed.py's model (4 layers of width 512) and a training step without an optimizer: a batch of
+256 rows of 4 tokens with as many different adapters, and 8 rows of 128 tokens with one of as many adapters that are
+loaded. PEFT is left out where adding so many takes it minutes.
+
     OMP_NUM_THREADS=1 python benchmarks/bench_axes.py [--only rank width] [--rounds 5] [--image FILE.png]
 """
 
@@ -14,9 +18,11 @@ import argparse
 import gc
 import json
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from steps import NOISY, Case, compare, ratio, spread  # the path comes first
+from bench_routed import VOCABULARY, Ours, Peft, base, step  # the path comes first
+from steps import NOISY, Case, Measured, compare, ratio, spread
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 AXES: dict[str, dict[str, dict[str, Any]]] = {
@@ -50,6 +57,11 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     "rank, bf16": {str(rank): {"rank": rank, "dtype": "bf16"} for rank in (4, 8, 16, 32, 64, 128, 256)},
     "width, bf16": {str(width): {"width": width, "layers": 4, "dtype": "bf16"} for width in (128, 256, 512, 1024)},
 }
+COUNTS = {
+    "adapters in a batch of 256 rows": (1, 2, 4, 8, 16, 64, 256),
+    "adapters loaded": (1, 10, 100, 1000),
+}
+MOST_OF_PEFT = 256
 WAYS = ("limit", "lorakit", "PEFT")
 
 
@@ -68,15 +80,51 @@ def measured(fields: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     }
 
 
+def measured_many(count: int, in_batch: bool, rounds: int) -> dict[str, Any]:
+    """Measure a training step with many adapters, all of them in the batch or one of those that are loaded."""
+    shape = (256, 4) if in_batch else (8, 128)
+    ids = torch.randint(5, VOCABULARY, shape, generator=torch.Generator().manual_seed(2))
+    names = [f"a{i % count}" for i in range(shape[0])] if in_batch and count > 1 else None
+    frozen = base(4, torch.float32)
+
+    def limit() -> None:
+        embedded = frozen.get_input_embeddings()(ids).detach().requires_grad_()
+        frozen(inputs_embeds=embedded, use_cache=False).logits.float().square().mean().backward()
+
+    runs: dict[str, Any] = {"limit": limit}
+    for kind, way in ((Ours, "lorakit"), (Peft, "PEFT")):
+        if way == "lorakit" or count <= MOST_OF_PEFT:
+            library = kind(4, count, torch.float32)
+            if in_batch:
+                library.trainable(True)
+            runs[way] = step(library, ids, names, True)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {way: [] for way in runs}
+    for turn in range(rounds + 2):
+        for way in runs if turn % 2 == 0 else reversed(runs):
+            begun = clock()
+            runs[way]()
+            if turn >= 2:
+                seconds[way].append(clock() - begun)
+    found = {way: Measured(tuple(each), 0, 0, 0.0, 0) for way, each in seconds.items()}
+    return {
+        "ms": {way: 1e3 * sorted(one.seconds)[len(one.seconds) // 2] for way, one in found.items()},
+        "over": {way: ratio(found[way], found["limit"]) for way in found if way != "limit"},
+        "tokens": ids.numel(),
+        "noise": spread(found["limit"]),
+    }
+
+
 def line(name: str, point: Mapping[str, Any]) -> str:
     """Return a point in words."""
-    ours, peft = point["over"]["lorakit"], point["over"]["PEFT"]
     tokens = 1e3 * point["tokens"] / point["ms"]["lorakit"]
-    text = (
-        f"{name:>12} {point['ms']['limit']:8.1f} {ours[0]:8.3f} ({ours[1]:.3f}-{ours[2]:.3f}) {peft[0]:8.3f} "
-        f"({peft[1]:.3f}-{peft[2]:.3f}) {point['floor']:7.3f} {tokens:9.0f} "
-        f"{point['losses']['lorakit']:8.4f} {point['losses']['PEFT']:8.4f}"
-    )
+    over = [
+        f"{each[0]:8.3f} ({each[1]:.3f}-{each[2]:.3f})" if (each := point["over"].get(way)) else " " * 22
+        for way in WAYS[1:]
+    ]
+    floor = f"{point['floor']:7.3f}" if "floor" in point else " " * 7
+    losses = " ".join(f"{loss:8.4f}" for way, loss in point.get("losses", {}).items() if way != "limit")
+    text = f"{name:>12} {point['ms']['limit']:8.1f} {' '.join(over)} {floor} {tokens:9.0f} {losses}"
     return text + (f"   NOISY ({point['noise']:.0%})" if point["noise"] > NOISY else "")
 
 
@@ -91,20 +139,20 @@ def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     for place, (axis, points) in enumerate(results.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
         style_axes(axes, LIGHT, "y")
-        at = list(range(len(points)))
         line = "-" if all(name.isdigit() for name in points) else ""  # between words there is nothing
         for way, colour in (("PEFT", LIGHT.validation), ("lorakit", LIGHT.adapted)):
-            middle, first, third = zip(*(point["over"][way] for point in points.values()), strict=True)
+            seen = [point["over"][way] for point in points.values() if way in point["over"]]
+            at, (middle, first, third) = list(range(len(seen))), zip(*seen, strict=True)
             if line:
                 axes.fill_between(at, first, third, color=colour, alpha=0.18, linewidth=0)
             else:
                 axes.vlines(at, first, third, color=colour, alpha=0.4, linewidth=4)
             axes.plot(at, middle, color=colour, marker="o", markersize=4, linestyle=line, linewidth=1.6, label=way)
-        floor = [point["floor"] for point in points.values()]
+        floor = [point["floor"] for point in points.values() if "floor" in point]
         words = {"linestyle": "--", "linewidth": 1.2} if line else {"linestyle": "", "marker": "_", "markersize": 14}
-        axes.plot(at, floor, color=LIGHT.muted, label="by count of operations", **words)
+        axes.plot(range(len(floor)), floor, color=LIGHT.muted, label="by count of operations", **words)
         axes.axhline(1.0, color=LIGHT.muted, linewidth=0.8)
-        axes.set_xticks(at, list(points))
+        axes.set_xticks(range(len(points)), list(points))
         axes.set_ylim(bottom=0.95)
         set_title(axes, LIGHT, axis, "step over the frozen base's")
         set_axis_labels(axes, LIGHT, "", "")
@@ -128,13 +176,19 @@ def main() -> None:
     results = json.loads(given.results.read_text(encoding="utf-8")) if given.results.exists() else {}
     each = f"{'lorakit':>8} {'(quartiles)':>13} {'PEFT':>8} {'(quartiles)':>13}"
     heads = f"{'base ms':>8} {each} {'floor':>7} {'tokens/s':>9}"
-    for axis, points in AXES.items():
+    axes: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+        axis: {name: partial(measured, fields, given.rounds) for name, fields in points.items()}
+        for axis, points in AXES.items()
+    }
+    for axis, counts in COUNTS.items():
+        axes[axis] = {str(count): partial(measured_many, count, "batch" in axis, given.rounds) for count in counts}
+    for axis, measures in axes.items():
         if given.only and not any(axis.startswith(word) for word in given.only):
             continue
         print(f"\n{axis}, {torch.get_num_threads()} threads\n{'':>12} {heads} {'losses: lorakit, PEFT':>8}", flush=True)
         results[axis] = {}
-        for name, fields in points.items():
-            results[axis][name] = measured(fields, given.rounds)
+        for name, measure in measures.items():
+            results[axis][name] = measure()
             print(line(name, results[axis][name]), flush=True)
             gc.collect()
         given.results.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +199,7 @@ def main() -> None:
 
 
 def _in_order(results: Mapping[str, Any]) -> dict[str, Any]:
-    known: Sequence[str] = [axis for axis in AXES if axis in results]
+    known: Sequence[str] = [axis for axis in (*AXES, *COUNTS) if axis in results]
     return {axis: results[axis] for axis in known}
 
 

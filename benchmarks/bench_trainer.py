@@ -6,7 +6,7 @@ padded to the longest of their batch) with PEFT's LoRA on all linear layers; 'tr
 fused optimizer and little logging. 'lorakit head' trains a head of its own: the model's is its embedding, so a copy is
 made first. Afterwards each model is measured on the same rows of the test file, whose restaurants are others. Memory
 is what tensors take above the loaded base at the peak of two steps on the eight longest rows, adapter and optimizer
-included.
+included (of 'lorakit compiled' that of 'lorakit'; compiling ends before the steps that count).
 
 The model is loaded as it is stored, in bf16, which is what both do unasked on a processor with AMX; ``--dtype fp32``
 makes it fp32 for both. Ratios are taken within turns. 'CPU' is the ratio of processor seconds, which other work on the
@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WAYS = ("lorakit", "lorakit head", "lorakit full", "trainer", "trainer best")
+WAYS = ("lorakit", "lorakit compiled", "lorakit head", "lorakit full", "trainer", "trainer best")
 WARM = 50  # the Trainer's length groups run from long to short over 50 steps: only whole rounds are comparable
 BATCH, RANK, ALPHA, RATE = 8, 8, 16, 1e-3
 NUM_TEST_ROWS = 200
@@ -81,12 +81,13 @@ def tokenizer_of(shared: Path) -> Any:
     return AutoTokenizer.from_pretrained(paths(shared)[0])
 
 
-def with_lorakit(shared: Path, steps: int, method: str, dtype: str) -> dict[str, Any]:
+def with_lorakit(shared: Path, steps: int, way: str, dtype: str) -> dict[str, Any]:
     """Train with ``lorakit.fit``; its observer is told the end of each step, and its loss."""
     import lorakit as lk
     from lorakit.training.observe import Observer, Step
 
     clock, losses = Clock(), []
+    method = way if way in ("head", "full") else "lora"
 
     class Watch(Observer):
         def step(self, step: Step) -> None:
@@ -102,6 +103,7 @@ def with_lorakit(shared: Path, steps: int, method: str, dtype: str) -> dict[str,
         method=method,
         max_steps=steps,
         lr=RATE / 10 if method == "full" else RATE,
+        compile=way == "compiled",
         observer=Watch(),
     )
     return {
@@ -180,7 +182,7 @@ def encoded(shared: Path, rows: str) -> tuple[Any, Any]:
 def measure(way: str, shared: Path, steps: int, dtype: str) -> dict[str, Any]:
     """Measure time and losses of one way in this process."""
     if way.startswith("lorakit"):
-        return with_lorakit(shared, steps, way.removeprefix("lorakit ") if " " in way else "lora", dtype)
+        return with_lorakit(shared, steps, way.removeprefix("lorakit "), dtype)
     _, rows = encoded(shared, paths(shared)[1])
     model, clock, losses = with_trainer(shared, base_model(shared, dtype), rows, steps, way.endswith("best"))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -199,7 +201,7 @@ def memory_of(way: str, shared: Path, dtype: str) -> dict[str, Any]:
     spec, rows = encoded(shared, paths(shared)[1])
     longest = sorted(rows, key=lambda row: -len(row.input_ids))[:BATCH]
     if way.startswith("lorakit"):
-        name = way.removeprefix("lorakit ") if " " in way else "lora"
+        name = found if (found := way.removeprefix("lorakit ")) in ("head", "full") else "lora"
         model = base_model(shared, dtype, untied=name == "head").requires_grad_(False).eval()
         plan, collate = Plan(2, BATCH, BATCH, RATE), spec.collator(tokenizer_of(shared))
         attaching = {"targets": "all-linear"} if name == "lora" else {}

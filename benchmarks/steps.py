@@ -22,8 +22,10 @@ RANK = 8
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 WAYS = {
     "limit": "the frozen base: forward, and backward to its inputs; no adapter can beat it",
-    "limit, quick": "the same with lorakit's gradient of attention, which helps frozen bases too",
+    "limit, quick": "the same with lorakit's gradient of attention, which helps a frozen base too",
+    "limit, compiled": "the same with that and with its blocks compiled",
     "lorakit": "lorakit",
+    "compiled": "lorakit with its blocks compiled (--compile)",
     "recompute": "lorakit, with what is cheap made again in the backward pass",
     "plain": "lorakit with its fast paths off",
     "PEFT": "PEFT's defaults",
@@ -31,6 +33,8 @@ WAYS = {
     "parametrize": "torch's own parametrisation, W + s B A",
     "full": "full fine-tuning",
 }
+QUICK = ("limit, quick", "limit, compiled", "lorakit", "compiled", "recompute")
+COMPILED = ("limit, compiled", "compiled")
 WARM_UP = 3
 NOISY = 0.05
 """A row is noisy from this spread of the limit's steps on: half the range of their middle half, over the median."""
@@ -54,7 +58,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one way took: seconds of its rounds, bytes at a step's peak, bytes kept, the last loss, its operations."""
+    """What one way took: seconds of its rounds, bytes at a step's peak, bytes kept, the last loss, its operations.
+
+    Bytes and operations are 0 for what is compiled, which cannot be looked into.
+    """
 
     seconds: tuple[float, ...]
     peak_bytes: int
@@ -112,7 +119,7 @@ def adapted(way: str, case: Case) -> tuple[Any, list[nn.Parameter]]:
     """Return a model made ready for a way, and what is trained."""
     model = build(case)
     head = ["classifier"] if case.model == "bert" else []
-    if way in ("lorakit", "recompute", "plain"):
+    if way in ("lorakit", "compiled", "recompute", "plain"):
         import lorakit as lk
 
         method = (lk.DoRA if case.dora else lk.LoRA)(rank=case.rank, alpha=2 * case.rank, dropout=case.dropout)
@@ -165,7 +172,7 @@ def _paths(way: str) -> Iterator[None]:
     from lorakit.kernels.recompute import recomputing
 
     keeping = recomputing() if way == "recompute" else contextlib.nullcontext()
-    attention = quick_attention() if way in ("lorakit", "recompute", "limit, quick") else contextlib.nullcontext()
+    attention = quick_attention() if way in QUICK else contextlib.nullcontext()
     with kernels.use("plain" if way == "plain" else "fast"), keeping, attention:
         yield
 
@@ -174,6 +181,8 @@ class Trainer:
     """One way to train: its model, and steps on one batch."""
 
     def __init__(self, way: str, case: Case) -> None:
+        from lorakit.training.compiling import CompiledBlocks
+
         self.way, self.case = way, case
         self.model, self.parameters = adapted(way, case)
         generator = torch.Generator().manual_seed(1)
@@ -181,16 +190,18 @@ class Trainer:
         self.ids = torch.randint(5, self.model.config.vocab_size, size, generator=generator)
         self.labels = torch.randint(6, (case.rows,), generator=generator)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True) if self.parameters else None
+        self.blocks = CompiledBlocks(self.model) if way in COMPILED else None
 
     def loss(self) -> Tensor:
         """Return the batch's loss; all ways have the same code for it."""
         from torch.nn import functional as F
 
-        if self.optimizer is None:
-            embedded = self.model.get_input_embeddings()(self.ids).detach().requires_grad_()
-            logits = self.model(inputs_embeds=embedded).logits
-        else:
-            logits = self.model(input_ids=self.ids).logits
+        with contextlib.nullcontext() if self.blocks is None else self.blocks.running():
+            if self.optimizer is None:
+                embedded = self.model.get_input_embeddings()(self.ids).detach().requires_grad_()
+                logits = self.model(inputs_embeds=embedded).logits
+            else:
+                logits = self.model(input_ids=self.ids).logits
         if self.case.model == "bert":
             return F.cross_entropy(logits.float(), self.labels)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), self.ids[:, 1:].flatten())
@@ -284,10 +295,14 @@ def compare(case: Case, ways: Sequence[str], rounds: int, *, memory: bool = True
 
     trainers = {way: Trainer(way, case) for way in ways}
     cpu = torch.device("cpu")
+    seen = {way: t for way, t in trainers.items() if way not in COMPILED}  # what is compiled cannot be looked into
     # The first step gives the optimizer its state, the second shows which layers read the same input.
-    peaks = {way: max(peak_bytes(t.step, cpu) for _ in range(2)) if memory else 0 for way, t in trainers.items()}
-    saved = {way: t.saved_bytes() if memory else 0 for way, t in trainers.items()}
-    flops = {way: t.flops() for way, t in trainers.items()}
+    peaks = {way: max(peak_bytes(t.step, cpu) for _ in range(2)) if memory else 0 for way, t in seen.items()}
+    saved = {way: t.saved_bytes() if memory else 0 for way, t in seen.items()}
+    flops = {way: t.flops() for way, t in seen.items()}
+    for way in trainers.keys() - seen.keys():  # as many steps as the others have taken: losses are to be alike
+        for _ in range(2 if memory else 0):
+            trainers[way].step()
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     losses: dict[str, float] = {}
@@ -298,7 +313,8 @@ def compare(case: Case, ways: Sequence[str], rounds: int, *, memory: bool = True
             losses[way] = trainers[way].step()
             if turn >= WARM_UP:
                 seconds[way].append(clock() - begun)
-    return {way: Measured(tuple(seconds[way]), peaks[way], saved[way], losses[way], flops[way]) for way in ways}
+    memories = {way: (peaks.get(way, 0), saved.get(way, 0)) for way in ways}
+    return {way: Measured(tuple(seconds[way]), *memories[way], losses[way], flops.get(way, 0)) for way in ways}
 
 
 def ratio(one: Measured, other: Measured) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lorakit as lk
 from lorakit.kernels import compiled
 from lorakit.kernels.compiled import compiled_linear
 from lorakit.kernels.linear import Linear, Pair, adapted_linears
@@ -102,3 +103,23 @@ def test_lengths_stay_open_in_the_compilers_graph() -> None:
         x = torch.randn(rows, length, D_IN)
         assert torch.equal(run(x), adapted_linears(x, [layer])[0].sum())
     assert len(graphs) == 1
+
+
+def test_the_compilers_graph_has_the_operation_and_what_is_exported_does_not() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    lk.attach(model, lk.LoRA(rank=2, alpha=8), "all-linear", seed=0)
+    x, graphs = torch.randn(3, 8), []
+
+    def backend(graph: Any, given: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def operations(graph: Any) -> list[str]:
+        return [str(node.target) for node in graph.graph.nodes]
+
+    expected = model(x)
+    assert torch.equal(torch.compile(model, backend=backend, fullgraph=True)(x), expected)
+    assert operations(graphs[0]).count("lorakit.adapted_linear.default") == 2
+    exported = torch.export.export(model, (x,))
+    assert not any("adapted_linear" in operation for operation in operations(exported))
+    torch.testing.assert_close(exported.module()(x), expected)

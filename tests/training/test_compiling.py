@@ -196,7 +196,7 @@ def test_real_kernels_learn_the_same_and_go_on_with_the_same_bits(
     class Stops(Losses):
         def step(self, step: Step) -> None:
             super().step(step)
-            if step.number == 5:
+            if step.step == 5:
                 raise KeyboardInterrupt
 
     whole = quick_fit("llama", "prompted", observer=watched, **given, compile=True, max_steps=8)

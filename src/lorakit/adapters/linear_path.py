@@ -56,7 +56,12 @@ def fast_output(branches: Branches, host: nn.Module, args: tuple[Any, ...], kwar
 
 
 def _for_compiler(branches: Branches, host: nn.Module, x: Tensor) -> Tensor | None:
-    """Return a layer's output as one operation of the compiler's graph, where it has one pair and no gain."""
+    """Return a layer's output as one operation of the compiler's graph, where it has one pair and no gain.
+
+    On a GPU the compiler makes kernels of the plain path, and what is exported is to need no operation of ours.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
+        return None
     if any(update is None or update.scales_rows for update, _ in branches.plain_updates()):
         return None
     found = _adapted(branches, host, x)

@@ -215,7 +215,10 @@ Recompute = Annotated[
     ),
 ]
 Compile = Annotated[
-    bool | None, typer.Option("--compile", help="Compile the blocks: faster steps after some 20 s of compiling.", rich_help_panel=MACHINE)
+    bool | None,
+    typer.Option(
+        "--compile", help="Compile the blocks: faster steps after some 20 s of compiling.", rich_help_panel=MACHINE
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Of split, order and starting values.", rich_help_panel=HOW_LONG)]
 Validation = Annotated[
