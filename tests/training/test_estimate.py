@@ -100,3 +100,27 @@ def test_a_run_without_a_folder_is_not_estimated(quick_fit: Fit) -> None:
     watch = Sees()
     quick_fit(max_steps=1, observer=watch)
     assert watch.about.planned is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "settings", "told"), [(1.0, {}, True), (1.0, {"cache_prefix": True}, False), (1e-6, {}, False)]
+)
+def test_a_long_run_is_told_of_compiling(
+    seconds: float,
+    settings: dict[str, Any],
+    told: bool,
+    quick_fit: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(estimate, "seconds_per_token", lambda *given: seconds)
+    notes: list[str] = []
+
+    class Watch(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    more = {"layers": "last:1", "epochs": 2.0, "max_steps": None} if settings else {}
+    given = {"max_steps": 12, **more, **settings}
+    quick_fit("llama", "prompted", output=tmp_path / "run", observer=Watch(), **given)
+    assert (estimate.COMPILE in notes) == told

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from lorakit.adapters import Handle
+from lorakit.bases import model_kind
 from lorakit.errors import InputError
 from lorakit.records import Planned
 from lorakit.training.config import TrainConfig
@@ -23,6 +24,12 @@ MOST_SIMULATED = 300
 
 A layer takes some 10 ms, however wide it is. Where a model has many blocks that are alike, few are simulated.
 """
+
+
+LONG = 600.0
+"""Seconds of training from which compiling is advised on a CPU."""
+
+COMPILE = "This takes a while: compile (--compile) may spare a tenth of it."
 
 
 def foreseen(
@@ -44,6 +51,8 @@ def foreseen(
         planned = estimated(prepared, config, handle, name)
         start = replace(start, planned=with_time(planned, prepared, config, handle, name, processes))
         folder.write("start.json", start)
+        if _would_pay(start.planned, prepared, config):
+            observer.note(COMPILE)
     observer.begins(about(prepared, handle, name, str(folder.path) if folder is not None else None, start.planned))
     return start
 
@@ -91,6 +100,14 @@ def with_time(
     reason = f"by the tokens of one real pass over the longest {wording(micro)}"
     reason += ", not compiled" if config.compile else ""
     return replace(planned, seconds=per_token * tokens / processes, seconds_from=reason)
+
+
+def _would_pay(planned: Planned | None, prepared: Prepared, config: TrainConfig) -> bool:
+    """Tell whether a run is long enough for compiling, which models that write gained by on a CPU, and may have it."""
+    long = planned is not None and planned.seconds is not None and planned.seconds > LONG
+    model = prepared.base.model
+    gains = next(model.parameters()).device.type == "cpu" and model_kind(model.config) != "encoder"
+    return long and gains and not (config.compile or config.cache_prefix or config.recompute == "on")
 
 
 def wording(num_rows: int) -> str:
