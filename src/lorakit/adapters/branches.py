@@ -135,7 +135,7 @@ class Branches(nn.Module):
         if not isinstance(branch, Updates) or len(branch.ops) != 1:
             return None
         ((place, ops),) = branch.ops.items()
-        return branch.at(place) if ops is self.ops else None
+        return cast("Update", branch._modules[place]) if ops is self.ops else None
 
     def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the host computes with the adapters that act; ``forward`` is its own."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,10 @@ class Pairs:
         given: each group's A, and each group's B, as they came.
         scales: each group's factor on ``B A``.
         ranks: each group's rank.
+        chosen: for which rows, trained or not, a way was chosen last, and which.
     """
+
+    chosen: tuple[weakref.ref[Segments], bool, Way] | None = None
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> None:
         self.given = (tuple(A), tuple(B))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +30,8 @@ def add_products(out: Tensor, x: Tensor, pairs: Pairs, segments: Segments, way: 
         way: how; :func:`taken` unless said.
     """
     way = way or taken(x, pairs, segments, False)
-    with torch.autocast(out.device.type, enabled=False):
+    kind = out.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
         way.forward(out, x, pairs, segments)
 
 
@@ -70,12 +73,15 @@ def taken(x: Tensor, pairs: Pairs, segments: Segments, trained: bool) -> Way:
 
 def choose(pairs: Pairs, segments: Segments, trained: bool) -> Way:
     """Return the cheapest way for this problem, found once for the layers that share it."""
+    if pairs.chosen is not None and pairs.chosen[0]() is segments and pairs.chosen[1] == trained:
+        return pairs.chosen[2]
     ways = [way for way in WAYS.values() if way.takes(pairs, segments, trained)]
     key = (tuple(way.name for way in ways), pairs.ranks, pairs.d_in, pairs.d_out, pairs.dtype, trained)
     if key not in segments.memo:
         problem = Problem.of(pairs, segments)
         segments.memo[key] = WAYS[cheapest(key[0], problem, segments.device, pairs.dtype, trained)]
     found: Way = segments.memo[key]
+    pairs.chosen = (weakref.ref(segments), trained, found)
     return found
 
 
