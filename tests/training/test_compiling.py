@@ -15,6 +15,7 @@ from lorakit.training.compiling import TRIED, CompiledBlocks, check_compiler, sh
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.fit import FitResult, fit, resume
 from lorakit.training.observe import Observer, Step
+from lorakit.training.spec import TaskSpec
 
 Fit = Callable[..., FitResult]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch itself
@@ -125,13 +126,13 @@ def test_afterwards_the_blocks_are_as_they_were(quick_fit: Fit, graphs: list[Any
 def test_the_rows_that_kernels_are_made_for_have_fixed_lengths() -> None:
     for length in (3, 10, 100):
         row = EncodedRow(list(range(length)), [-100] * (length // 2) + list(range(length - length // 2)), 1, "", "")
-        long, short = shown([row], 512)
+        long, short = shown([row], TaskSpec("generation", max_length=512).kind)
         assert (len(long.input_ids), len(short.input_ids)) == (TRIED, TRIED * 2 // 3)
         assert isinstance(long.labels, list)
         assert len(long.labels) == TRIED
         assert -100 in long.labels
         assert any(label != -100 for label in long.labels)
-    assert len(shown([row], 8)[0].input_ids) == 8
+    assert len(shown([row], TaskSpec("generation", max_length=8).kind)[0].input_ids) == 8
 
 
 class Flat(nn.Module):

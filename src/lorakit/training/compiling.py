@@ -20,6 +20,7 @@ from lorakit.errors import ConfigError
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.prefix.find import block_lists
 from lorakit.training.randomness import Randomness
+from lorakit.training.tasks import Task
 
 MOST_KERNELS = 32
 """Variants of one block's code: with and without a gradient to its input, a mask, a single row."""
@@ -65,12 +66,19 @@ class CompiledBlocks:
             for block in self.blocks:
                 del block._compiled_call_impl
 
-    def try_out(self, loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    def try_out(
+        self,
+        loss: Callable[[Sequence[EncodedRow]], Tensor],
+        rows: Sequence[EncodedRow],
+        parameters: Sequence[nn.Parameter],
+        device: torch.device,
+    ) -> None:
         """Compile the blocks and compare a step's gradients with those of the blocks as they are.
 
         Args:
-            loss: of the rows of :func:`shown`, by running the model; always the same ones, so that kernels do not
-                depend on where a run begins.
+            loss: runs the model on rows.
+            rows: those of :func:`shown`; always of the same lengths, so that kernels do not depend on where a run
+                begins.
             parameters: what is trained.
             device: whose random numbers are drawn; they are left as they were.
 
@@ -78,13 +86,13 @@ class CompiledBlocks:
             ConfigError: the compiler fails, or computes something else.
         """
         before = Randomness.now(device)
-        expected = _gradient(loss(), parameters)
+        expected = _gradient(loss(rows), parameters)
         now, then = (state.tensors() for state in (Randomness.now(device), before))
         drawn = any(not torch.equal(now[name], then[name]) for name in now)
         before.restore(device)
         try:
             with self.running():
-                found = _gradient(loss(), parameters)
+                found = _gradient(loss(rows), parameters)
         except RuntimeError as error:
             raise ConfigError(f"compile: the model's blocks cannot be compiled: {_first_line(error)}. {OUT}") from error
         before.restore(device)
@@ -97,13 +105,14 @@ class CompiledBlocks:
             )
 
 
+COMPILING = "The model's blocks are compiled first; that can take a minute."
 OUT = "Leave compile out."
 
 
-def shown(rows: Sequence[EncodedRow], most: int) -> list[EncodedRow]:
-    """Return two rows of fixed lengths, of ``most`` tokens at most, made of the longest one's own."""
+def shown(rows: Sequence[EncodedRow], task: Task) -> list[EncodedRow]:
+    """Return two rows of fixed lengths, no longer than the task's, made of the longest one's tokens."""
     row = max(rows, key=lambda row: row.length)
-    long = min(TRIED, most)
+    long = min(TRIED, task.spec.max_length)
     return [_of_length(row, long), _of_length(row, long * 2 // 3)]
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lorakit.adapters import Handle
 from lorakit.errors import TrainingError
 from lorakit.training import diagnosis
-from lorakit.training.compiling import CompiledBlocks, shown
+from lorakit.training.compiling import COMPILING, CompiledBlocks, shown
 from lorakit.training.data.batches import Collator
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.optimizers import load_state_tensors, optimizer_for, state_tensors
@@ -106,8 +106,8 @@ class Stepper:
             self._take_shortcuts(rows)
             show_readers(self.handle, self.task, self.collate, rows, self.parameters)
             if self.compiled is not None:
-                tried = shown(rows, self.task.spec.max_length)
-                self.compiled.try_out(lambda: self._loss(tried), self.parameters, self.device)
+                self.told("compile", COMPILING)
+                self.compiled.try_out(self._loss, shown(rows, self.task), self.parameters, self.device)
         before = Randomness.now(self.device)
         total, problem = self._tried(rows)
         while any(self.processes.anywhere(problem is not None, device=self.device)):
