@@ -112,8 +112,8 @@ def noise(model: Any) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-def step(library: Any, ids: torch.Tensor, names: list[str] | None, train: bool) -> Run:
-    """Return one forward, or one forward and backward."""
+def step(library: Any, ids: torch.Tensor, names: list[str] | None, train: bool, clear: bool = True) -> Run:
+    """Return one forward, or one forward and backward, after which gradients may be cleared."""
 
     def forward() -> Any:
         with torch.no_grad():
@@ -121,7 +121,8 @@ def step(library: Any, ids: torch.Tensor, names: list[str] | None, train: bool) 
 
     def both() -> Any:
         library.call(ids, names).float().square().mean().backward()
-        library.model.zero_grad(set_to_none=True)
+        if clear:
+            library.model.zero_grad(set_to_none=True)
 
     return both if train else forward
 
