@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_routed import VOCABULARY, Ours, Peft, base, step  # the path comes first
-from steps import NOISY, Case, Measured, compare, ratio, spread
+from steps import NOISY, Case, Measured, compare, in_turns, ratio, spread
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 AXES: dict[str, dict[str, dict[str, Any]]] = {
@@ -69,20 +68,17 @@ def measured(fields: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """Measure one point."""
     case = replace(Case(), **fields)
     found = compare(case, WAYS, rounds, memory=False)
-    limit = found["limit"]
     return {
-        "ms": {way: 1e3 * sorted(one.seconds)[len(one.seconds) // 2] for way, one in found.items()},
-        "over": {way: ratio(found[way], limit) for way in WAYS[1:]},
-        "floor": found["lorakit"].flops / limit.flops,
+        **figures(found, case.rows * case.length),
+        "floor": found["lorakit"].flops / found["limit"].flops,
         "losses": {way: one.loss for way, one in found.items()},
-        "tokens": case.rows * case.length,
-        "noise": spread(limit),
     }
 
 
 def stepping(library: Any, ids: torch.Tensor, names: list[str] | None) -> Callable[[], None]:
     """Return a forward and backward pass that leaves no gradients; adapters that had none are not looked at."""
-    step(library, ids, names, True, clear=False)()
+    both = step(library, ids, names, True, clear=False)
+    both()
     parameters = [parameter for parameter in library.model.parameters() if parameter.grad is not None]
 
     def run() -> None:
@@ -90,7 +86,6 @@ def stepping(library: Any, ids: torch.Tensor, names: list[str] | None) -> Callab
             parameter.grad = None
         both()
 
-    both = step(library, ids, names, True, clear=False)
     return run
 
 
@@ -112,20 +107,18 @@ def measured_many(count: int, in_batch: bool, rounds: int) -> dict[str, Any]:
             if in_batch:
                 library.trainable(True)
             runs[way] = stepping(library, ids, names)
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {way: [] for way in runs}
-    for turn in range(rounds + 2):
-        for way in runs if turn % 2 == 0 else reversed(runs):
-            begun = clock()
-            runs[way]()
-            if turn >= 2:
-                seconds[way].append(clock() - begun)
-    found = {way: Measured(tuple(each), 0, 0, 0.0, 0) for way, each in seconds.items()}
+    seconds, _ = in_turns(runs, rounds, warm_up=2)
+    return figures({way: Measured(tuple(each), 0, 0, 0.0, 0) for way, each in seconds.items()}, ids.numel())
+
+
+def figures(found: Mapping[str, Measured], tokens: int) -> dict[str, Any]:
+    """Return what every axis shows."""
+    limit = found["limit"]
     return {
         "ms": {way: 1e3 * sorted(one.seconds)[len(one.seconds) // 2] for way, one in found.items()},
-        "over": {way: ratio(found[way], found["limit"]) for way in found if way != "limit"},
-        "tokens": ids.numel(),
-        "noise": spread(found["limit"]),
+        "over": {way: ratio(one, limit) for way, one in found.items() if way != "limit"},
+        "tokens": tokens,
+        "noise": spread(limit),
     }
 
 

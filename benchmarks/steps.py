@@ -11,7 +11,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,6 +282,22 @@ def _noting(way: str, kept: list[Tensor]) -> Iterator[None]:
         recompute._pack = original
 
 
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = WARM_UP
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Let each run once in every round, in changing order; return the seconds that count, and what each last gave."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {way: [] for way in runs}
+    last: dict[str, Any] = {}
+    for turn in range(warm_up + rounds):
+        for way in runs if turn % 2 == 0 else reversed(runs):
+            begun = clock()
+            last[way] = runs[way]()
+            if turn >= warm_up:
+                seconds[way].append(clock() - begun)
+    return seconds, last
+
+
 def compare(case: Case, ways: Sequence[str], rounds: int, *, memory: bool = True) -> dict[str, Measured]:
     """Let the ways take turns.
 
@@ -303,16 +319,7 @@ def compare(case: Case, ways: Sequence[str], rounds: int, *, memory: bool = True
     for way in trainers.keys() - seen.keys():  # as many steps as the others have taken: losses are to be alike
         for _ in range(2 if memory else 0):
             trainers[way].step()
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    losses: dict[str, float] = {}
-    for turn in range(WARM_UP + rounds):
-        order = list(ways) if turn % 2 == 0 else list(reversed(ways))
-        for way in order:
-            begun = clock()
-            losses[way] = trainers[way].step()
-            if turn >= WARM_UP:
-                seconds[way].append(clock() - begun)
+    seconds, losses = in_turns({way: trainer.step for way, trainer in trainers.items()}, rounds)
     memories = {way: (peaks.get(way, 0), saved.get(way, 0)) for way in ways}
     return {way: Measured(tuple(seconds[way]), *memories[way], losses[way], flops.get(way, 0)) for way in ways}
 

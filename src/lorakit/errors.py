@@ -115,6 +115,12 @@ def did_you_mean(word: str, options: Iterable[str], count: int = 3) -> str:
     return f" Closest: {quoted(near)}." if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def quoted(words: Sequence[str], limit: int = 8) -> str:
     """Join words as ``'a', 'b'``; past ``limit`` the rest is counted: ``... and 3 more``."""
     shown = ", ".join(f"'{word}'" for word in words[:limit])

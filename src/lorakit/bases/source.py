@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.bases.header import read_header
 from lorakit.bases.quiet import quiet_transformers
-from lorakit.errors import ModelError, bullet_list, did_you_mean, quoted
+from lorakit.errors import ModelError, bullet_list, did_you_mean, first_line, quoted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -109,7 +109,7 @@ def load_config(
                 name, revision=revision, trust_remote_code=trust_remote_code, **(changes or {})
             )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise ModelError(f"the config of '{name}' cannot be used: {_first_line(error)}") from error
+        raise ModelError(f"the config of '{name}' cannot be used: {first_line(error)}") from error
     return config
 
 
@@ -172,7 +172,7 @@ def _hub_failure(name: str, revision: str | None, error: Exception) -> str:
             f"{start}the hub cannot be reached and it is not in the cache '{constants.HF_HUB_CACHE}'. "
             f"Check the network, or give a local folder.{near}"
         )
-    return f"{start}{_first_line(error)}{near}"
+    return f"{start}{first_line(error)}{near}"
 
 
 def _siblings(path: Path) -> str:
@@ -185,8 +185,3 @@ def _siblings(path: Path) -> str:
     folders = [entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     near = did_you_mean(path.name, folders)
     return f" In '{parent}':{near}" if near else ""
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

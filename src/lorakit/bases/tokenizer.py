@@ -8,7 +8,7 @@ from torch import nn
 
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.bases.source import model_kind
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +33,8 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
                 name, revision=revision, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        found = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"'{name}' has no tokenizer that can be loaded: {found[0]} "
+            f"'{name}' has no tokenizer that can be loaded: {first_line(error)} "
             "Put tokenizer.json and tokenizer_config.json of the model beside its config.json."
         ) from error
     return tokenizer

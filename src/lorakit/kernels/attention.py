@@ -94,23 +94,11 @@ def _install() -> torch.library.Library:
     own = torch.library.get_kernel(f"aten::{BACKWARD}", "CPU")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
-    def chosen(
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        logsumexp: Tensor,
-        dropout_p: float,
-        is_causal: bool,
-        *,
-        attn_mask: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Any:
+    def chosen(*given: Any, **more: Any) -> Any:
+        grad, query, key, value, out, logsumexp, dropout_p, is_causal = given
         if suits(query, key, logsumexp, dropout_p):
-            return gradients(grad, query, key, value, out, logsumexp, is_causal, attn_mask=attn_mask, scale=scale)
-        given = (grad, query, key, value, out, logsumexp, dropout_p, is_causal)
-        return own.call_boxed(keys, *given, attn_mask=attn_mask, scale=scale)
+            return gradients(grad, query, key, value, out, logsumexp, is_causal, **more)
+        return own.call_boxed(keys, *given, **more)
 
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():

@@ -46,9 +46,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     seed = torch.empty((), dtype=torch.int64)
     return x.new_empty(*x.shape[:-1], W.shape[0]), x.new_empty(rows, A.shape[0]), seed
@@ -78,18 +76,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor | None,
-    H: Tensor | None,
-    W: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor,
-    needs: list[bool],
-) -> list[Tensor]:
+def _(grad: Tensor, x: Tensor | None, H: Tensor | None, W: Tensor, A: Tensor, B: Tensor, *others: Any) -> list[Tensor]:
+    *_, needs = others
     shapes = ((*grad.shape[:-1], W.shape[1]), (W.shape[0],), tuple(A.shape), (B.shape[1], B.shape[0]))
     return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, first_line
 from lorakit.training.data.encode import EncodedRow
 from lorakit.training.prefix.find import block_lists
 from lorakit.training.randomness import Randomness
@@ -30,6 +30,9 @@ TRIED = 24
 
 TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far the gradients of a step may be from those without the compiler, over their norm; else ``1e-3``."""
+
+COMPILING = "The model's blocks are compiled first; that can take a minute."
+OUT = "Leave compile out."
 
 
 class CompiledBlocks:
@@ -87,14 +90,14 @@ class CompiledBlocks:
         """
         before = Randomness.now(device)
         expected = _gradient(loss(rows), parameters)
-        now, then = (state.tensors() for state in (Randomness.now(device), before))
-        drawn = any(not torch.equal(now[name], then[name]) for name in now)
+        drawn = not Randomness.now(device).same(before)
         before.restore(device)
         try:
             with self.running():
                 found = _gradient(loss(rows), parameters)
         except RuntimeError as error:
-            raise ConfigError(f"compile: the model's blocks cannot be compiled: {_first_line(error)}. {OUT}") from error
+            reason = first_line(error).rstrip(".")
+            raise ConfigError(f"compile: the model's blocks cannot be compiled: {reason}. {OUT}") from error
         before.restore(device)
         if drawn:  # masks of dropout are not those of the other path
             return
@@ -103,10 +106,6 @@ class CompiledBlocks:
             raise ConfigError(
                 f"compile: the compiled blocks give other gradients ({distance:.2g} of {size:.2g}). {OUT}"
             )
-
-
-COMPILING = "The model's blocks are compiled first; that can take a minute."
-OUT = "Leave compile out."
 
 
 def shown(rows: Sequence[EncodedRow], task: Task) -> list[EncodedRow]:
@@ -151,7 +150,3 @@ def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat(
         [(torch.zeros_like(p) if g is None else g).float().flatten() for g, p in zip(found, parameters, strict=True)]
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

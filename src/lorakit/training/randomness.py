@@ -48,6 +48,11 @@ class Randomness:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
 
+    def same(self, other: Randomness) -> bool:
+        """Tell whether nothing was drawn between two moments."""
+        now, then = self.tensors(), other.tensors()
+        return all(torch.equal(now[name], then[name]) for name in now)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the states as byte tensors by name."""
         kind, keys, *rest = self.numpy
